@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: encoders, decoders, nonlinearities, losses, initialisation, scaling and metrics."""

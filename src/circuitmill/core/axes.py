@@ -1,0 +1,25 @@
+"""The words that name tensor axes in every signature of the package.
+
+`Float[Tensor, "token layer d_model"]` and the einops patterns in the bodies use these words and no others; a
+test collects all annotations and compares. A new word needs an entry here.
+"""
+
+AXES: dict[str, str] = {
+    "token": "one token of a batch, whatever text it came from",
+    "pos": "position inside a sequence or a prompt",
+    "sequence": "one packed, fixed-length row of tokens",
+    "layer": "a block of the language model",
+    "source": "the layer that a feature reads from",
+    "target": "a layer that a feature writes to; for source s, index k stands for layer s + k",
+    "pair": "one (source, target) pair, sources first",
+    "feature": "a learned unit; per layer unless flattened over layers",
+    "d_model": "the residual stream's width",
+    "d_vocab": "the tokenizer's vocabulary",
+    "group": "consecutive numbers that share one scale in quantised storage",
+    "window": "a short span of text around one token",
+    "item": "one question of a task",
+    "node": "a node of an attribution graph",
+    "rank": "one process of a distributed run",
+    "bin": "a bar of a histogram",
+}
+"""What each axis word stands for."""

@@ -1,0 +1,5 @@
+"""`python -m circuitmill`."""
+
+from circuitmill.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""The command line: one subcommand per stage, and a few that look at a run.
+
+    circuitmill train --config results/demo/main/config/train.yaml --cache results/demo/cache/manifest.json --out DIR
+    circuitmill train experiment=demo train.lr=3e-4 --cache results/demo/cache/manifest.json --out DIR
+
+Only this module turns an error into an exit code: 2 for configuration, 75 for "stopped by a signal, run me again",
+1 for the rest.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from circuitmill import __version__, logs
+from circuitmill.errors import CircuitmillError, ConfigError
+from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, Stage
+
+_log = logging.getLogger(__name__)
+
+_SUMMARY = {
+    "toyworld": "make the embedded corpus and language model with known circuits",
+    "tokenize": "pack documents into fixed-length token sequences",
+    "cache": "store MLP inputs and outputs of every layer",
+    "train": "train the cross-layer transcoder",
+    "evaluate": "measure fit, sparsity and the replacement model on held-out tokens",
+    "features": "collect windows, densities and logit weights of every feature",
+    "interpret": "explain every feature and score the explanation",
+    "attribute": "trace an attribution graph per prompt",
+    "report": "write the browsable page",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        The exit code.
+    """
+    arguments = _parser().parse_args(argv)
+    logs.configure(verbose=arguments.verbose)
+    try:
+        return arguments.action(arguments) or 0
+    except CircuitmillError as error:
+        print(f"circuitmill {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"circuitmill {arguments.command}: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="circuitmill", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"circuitmill {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage in STAGES:
+        _add_stage(commands, stage)
+    _add_tools(commands)
+    for command in commands.choices.values():
+        command.add_argument("--verbose", action="store_true", help="log at debug level")
+    return parser
+
+
+def _add_stage(commands: Any, stage: Stage) -> None:
+    command = commands.add_parser(stage.name, help=_SUMMARY[stage.name], description=_SUMMARY[stage.name])
+    command.set_defaults(action=_run_stage, stage=stage)
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="compose the configuration: experiment=NAME train.lr=3e-4"
+    )
+    command.add_argument("--config", type=Path, metavar="YAML", help="take a frozen configuration instead")
+    for name in stage.upstream:
+        command.add_argument(
+            f"--{name}",
+            type=Path,
+            metavar="MANIFEST",
+            required=name != OPTIONAL_UPSTREAM,
+            help=f"manifest.json of stage {name}" + (" (embedded model only)" * (name == OPTIONAL_UPSTREAM)),
+        )
+    if stage.unit:
+        command.add_argument(
+            f"--{stage.unit}", metavar="NAME", help=f"do one {stage.unit}; without it gather all that are done"
+        )
+    if stage.name == "report":
+        command.add_argument(
+            "--siblings", type=Path, nargs="*", default=[], metavar="MANIFEST", help="evaluations of other variants"
+        )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that belongs to this stage")
+
+
+def _add_tools(commands: Any) -> None:
+    config = commands.add_parser("config", help="print a composed configuration, checked")
+    config.add_argument("overrides", nargs="*", default=["experiment=demo"], metavar="KEY=VALUE")
+    config.add_argument("--stage", choices=[stage.name for stage in STAGES], help="only this stage")
+    config.add_argument("--variant", default="", help="of this variant")
+    config.set_defaults(action=_config)
+    verify = commands.add_parser("verify", help="compare every file below a folder with its manifest")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(action=_verify)
+    serve = commands.add_parser("serve", help="serve a run's pages on 127.0.0.1, read-only")
+    serve.add_argument("folder", type=Path, help="results/<run>, or any folder below it")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.set_defaults(action=_serve)
+    summary = commands.add_parser("summary", help="print the headline figures of a finished run")
+    summary.add_argument("folder", type=Path, help="results/<run>")
+    summary.set_defaults(action=_summary)
+
+
+def _split_experiment(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    rest, experiment = [], None
+    for item in overrides:
+        if item.startswith("experiment="):
+            experiment = item.removeprefix("experiment=")
+        else:
+            rest.append(item)
+    if experiment is None:
+        raise ConfigError(
+            "either --config FILE or experiment=NAME",
+            found=" ".join(overrides) or "neither",
+            where="command line",
+            fix="name the frozen configuration or the experiment",
+        )
+    return experiment, rest
+
+
+def _stage_config(arguments: argparse.Namespace) -> Any:
+    from circuitmill.config.compose import load_run, read_frozen
+    from circuitmill.config.decode import decode
+    from circuitmill.config.run import config_class
+
+    name = arguments.stage.name
+    if arguments.config is not None:
+        if arguments.overrides:
+            raise ConfigError(
+                "either --config FILE or overrides",
+                found=f"--config {arguments.config} and {' '.join(arguments.overrides)}",
+                where="command line",
+                fix="leave one of them out",
+            )
+        return decode(config_class(name), read_frozen(arguments.config), name)
+    run = load_run(*_split_experiment(arguments.overrides))
+    if name not in run.stages:
+        raise ConfigError(
+            f"a run that has stage {name}", found=run.name, where="experiment", fix="choose another experiment"
+        )
+    return next(iter(run.stages[name].values()))
+
+
+def _run_stage(arguments: argparse.Namespace) -> None:
+    stage: Stage = arguments.stage
+    cfg = _stage_config(arguments)
+    inputs = {name: getattr(arguments, name) for name in stage.upstream}
+    if stage.name == "report":
+        inputs["siblings"] = tuple(arguments.siblings)
+    # torch comes in only here, so that --help and configuration errors answer at once
+    from circuitmill import distributed
+
+    logs.configure(distributed.init().rank, verbose=arguments.verbose)
+    try:
+        module = importlib.import_module(f"circuitmill.stages.{stage.name}")
+        unit = getattr(arguments, stage.unit) if stage.unit else None
+        if unit is None:
+            module.run(cfg, **inputs, out=arguments.out)
+        else:
+            if unit not in cfg.units():
+                raise ConfigError(
+                    f"one of the {len(cfg.units())} {stage.unit}s of this configuration",
+                    found=unit,
+                    where=f"--{stage.unit}",
+                    fix="known: " + ", ".join(cfg.units()[:8]),
+                )
+            module.run_unit(cfg, **{stage.unit: unit}, **inputs, out=arguments.out)
+    finally:
+        distributed.shutdown()
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from circuitmill.config.compose import freeze, load_run
+
+    run = load_run(*_split_experiment(arguments.overrides))
+    for name in [arguments.stage] if arguments.stage else run.stage_names():
+        for variant, data in run.plain[name].items():
+            if arguments.variant in ("", variant):
+                print(freeze(data, f"{name} of run {run.name}" + (f", variant {variant}" if variant else "")))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from circuitmill.errors import StoreError
+    from circuitmill.stores.manifest import NAME, load_manifest
+
+    paths = sorted(arguments.folder.rglob(NAME))
+    if not paths:
+        raise StoreError("at least one manifest.json", found="none", where=arguments.folder, fix="name a run's folder")
+    for path in paths:
+        manifest = load_manifest(path)
+        manifest.verify()
+        print(f"{path}: {len(manifest.files)} files good")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from circuitmill.viz.serve import serve
+
+    serve(arguments.folder, arguments.port)
+
+
+def _summary(arguments: argparse.Namespace) -> None:
+    from circuitmill.errors import StoreError
+    from circuitmill.stores.manifest import NAME
+    from circuitmill.viz.summary import headline
+
+    paths = sorted(arguments.folder.glob(f"*/report/{NAME}"))
+    if not paths:
+        raise StoreError(
+            "a finished report", found="none", where=arguments.folder / "<variant>/report", fix="run the workflow"
+        )
+    for path in paths:
+        print(headline(path))

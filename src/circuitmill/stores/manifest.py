@@ -1,0 +1,261 @@
+"""The manifest: done-mark, provenance record and table of contents of what a stage wrote.
+
+`manifest.json` is written last and atomically; it is the output that the workflow knows. It carries
+
+| key | meaning |
+|---|---|
+| format_version | of this file |
+| stage, unit, revision | what wrote it |
+| config | the stage's whole configuration |
+| inputs | upstream stage -> digest of its manifest |
+| sources | digests of outside data (corpus files), by name |
+| counts | shapes, counts and headline figures |
+| files | path below the folder -> bytes, sha256 |
+| digest | SHA-256 of the canonical JSON of all of the above |
+| code_version, wall_seconds, peak_memory_bytes | how it was made; not part of the digest |
+"""
+
+import dataclasses
+import json
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from circuitmill import __version__
+from circuitmill.errors import StoreError, UpstreamError
+from circuitmill.pipeline import stage as stage_row
+from circuitmill.stores.files import atomic_write, digest_of, sha256_file
+from circuitmill.stores.ledger import Ledger
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of one finished stage or unit."""
+
+    stage: str
+    unit: str | None
+    revision: int
+    config: dict
+    inputs: dict[str, str]
+    counts: dict
+    files: dict[str, dict]
+    folder: Path
+    sources: dict[str, str] = field(default_factory=dict)
+    code_version: str = __version__
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    format_version: int = FORMAT_VERSION
+
+    _IDENTITY = ("format_version", "stage", "unit", "revision", "config", "inputs", "sources", "counts", "files")
+    _HISTORY = ("code_version", "wall_seconds", "peak_memory_bytes")
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever anything that later stages read changes."""
+        return digest_of({key: getattr(self, key) for key in self._IDENTITY})
+
+    def file(self, relative: str) -> Path:
+        """Path of a data file.
+
+        Raises:
+            StoreError: the manifest lists no such file.
+        """
+        if relative not in self.files:
+            raise StoreError(
+                f"a file {relative} of stage {self.stage}",
+                found=", ".join(sorted(self.files)[:8]) or "no files",
+                where=self.folder / NAME,
+                fix=f"rerun stage {self.stage}",
+            )
+        return self.folder / relative
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        body = {key: getattr(self, key) for key in self._IDENTITY + self._HISTORY}
+        return json.dumps({**body, "digest": self.digest}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def verify(self) -> None:
+        """Read every data file and compare its checksum.
+
+        Raises:
+            StoreError: a file is missing or its bytes changed.
+        """
+        for relative, entry in self.files.items():
+            path = self.folder / relative
+            found = sha256_file(path) if path.is_file() else "no file"
+            if found != entry["sha256"]:
+                raise StoreError(
+                    f"sha256 {entry['sha256']}",
+                    found=found,
+                    where=path,
+                    fix=f"delete {self.folder / NAME} and rerun stage {self.stage}",
+                )
+
+
+def _refuse(expected: str, found: object, path: Path, stage: str) -> UpstreamError:
+    return UpstreamError(
+        expected, found=found, where=path, fix=f"run stage {stage} again (snakemake {stage}), then this stage"
+    )
+
+
+def load_manifest(path: Path, stage: str | None = None, unit: str | None = None) -> Manifest:
+    """Read a manifest and check that what it describes is there.
+
+    Sizes of all files are compared; contents are checked where they are read (every format carries checksums) and by
+    `Manifest.verify`.
+
+    Args:
+        stage: The stage that must have written it; None takes any.
+        unit: The unit it must belong to.
+
+    Raises:
+        UpstreamError: missing, unreadable, of another format version, stage, unit or revision, edited, or a file it
+            lists is missing or of another size.
+    """
+    path = Path(path)
+    name = stage or "that wrote it"
+    if not path.is_file():
+        raise _refuse(f"the manifest of stage {name}", "no such file", path, name)
+    try:
+        raw = json.loads(path.read_text())
+        version = raw["format_version"]
+        if version != FORMAT_VERSION:
+            raise _refuse(f"manifest format version {FORMAT_VERSION}", f"version {version}", path, name)
+        keys = Manifest._IDENTITY + Manifest._HISTORY
+        manifest = Manifest(folder=path.parent, **{key: raw[key] for key in keys})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise _refuse("a complete manifest", f"{type(error).__name__}: {error}", path, name) from error
+    if stage is not None and (manifest.stage, manifest.unit) != (stage, unit):
+        found = f"stage {manifest.stage}" + (f", unit {manifest.unit}" if manifest.unit else "")
+        raise _refuse(f"the manifest of stage {stage}" + (f", unit {unit}" if unit else ""), found, path, name)
+    wanted = stage_row(manifest.stage).revision
+    if manifest.revision != wanted:
+        raise _refuse(
+            f"revision {wanted} of stage {manifest.stage}", f"revision {manifest.revision}", path, manifest.stage
+        )
+    if manifest.digest != raw.get("digest"):
+        raise _refuse("a manifest that matches its own digest", "an edited one", path, manifest.stage)
+    for relative, entry in manifest.files.items():
+        file = manifest.folder / relative
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise _refuse(f"{entry['bytes']} bytes", found, file, manifest.stage)
+    return manifest
+
+
+def load_upstreams(**paths: Path | None) -> dict[str, Manifest]:
+    """Load the manifests a stage reads, checking that they belong together.
+
+    Args:
+        paths: Manifest path by stage name; None for a stage that this run does not have.
+
+    Raises:
+        UpstreamError: as `load_manifest`; or two of them were made from different versions of a third.
+    """
+    manifests = {name: load_manifest(path, name) for name, path in paths.items() if path is not None}
+    for name, manifest in manifests.items():
+        for source, digest in manifest.inputs.items():
+            if source in manifests and manifests[source].digest != digest:
+                raise _refuse(
+                    f"stage {name} made from the given {source} ({manifests[source].digest[:12]})",
+                    f"one made from {digest[:12]}",
+                    manifest.folder / NAME,
+                    name,
+                )
+    return manifests
+
+
+def plain(cfg: object) -> dict:
+    """A frozen configuration as plain JSON data (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))  # type: ignore[call-overload]
+
+
+class StageOutput:
+    """The folder a stage writes: continues, or clears, what is there and ends with the manifest.
+
+    Args:
+        stage: Name of the stage.
+        cfg: The stage's frozen configuration.
+        inputs: Upstream manifests by stage name.
+        out: The folder. It belongs to this output alone, except for the names in `keep`.
+        unit: Name of the unit, for one part of a stage that fans out.
+        keep: Folders inside `out` with manifests of their own (the units of a gathering stage).
+        sources: Digests of data from outside the pipeline, by name.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        cfg: object,
+        inputs: dict[str, Manifest],
+        out: Path,
+        *,
+        unit: str | None = None,
+        keep: tuple[str, ...] = (),
+        sources: dict[str, str] | None = None,
+    ) -> None:
+        self._start = time.monotonic()
+        self.folder, self._keep = Path(out), keep
+        self._body = {
+            "stage": stage,
+            "unit": unit,
+            "revision": stage_row(stage).revision,
+            "config": plain(cfg),
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+            "sources": sources or {},
+        }
+        identity = digest_of(self._body)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / NAME).unlink(missing_ok=True)
+        leftovers = [child for child in self.folder.iterdir() if child.name not in keep]
+        if leftovers and Ledger.identity_in(self.folder) != identity:
+            _log.info("%s: clearing what another configuration or input left in %s", stage, self.folder)
+            for child in leftovers:
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        for temporary in self._data_files():
+            if temporary.name.startswith(".") and temporary.suffix == ".tmp":
+                temporary.unlink()
+        self.ledger = Ledger(self.folder, identity)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder; the folders above it are made."""
+        path = self.folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _data_files(self) -> Iterable[Path]:
+        skip = {NAME, Ledger.FILE, *self._keep}
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and path.relative_to(self.folder).parts[0] not in skip:
+                yield path
+
+    def finish(self, counts: dict) -> Manifest:
+        """Checksum every file and write the manifest: the stage's last act.
+
+        Args:
+            counts: Shapes, counts and headline figures, as plain data without NaN.
+        """
+        files = {
+            path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in self._data_files()
+        }
+        manifest = Manifest(
+            **self._body,
+            counts=json.loads(json.dumps(counts, allow_nan=False)),
+            files=files,
+            folder=self.folder,
+            wall_seconds=round(time.monotonic() - self._start, 3),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        atomic_write(self.folder / NAME, manifest.to_json())
+        return manifest

@@ -1,0 +1,69 @@
+"""An attribution graph per prompt, in circuit-tracer's format.
+
+Inputs:  results/<run>/<variant>/config/attribute.yaml, the manifests of tokenize, train, features, interpret,
+         and of toyworld (embedded model only)
+Outputs: results/<run>/<variant>/attribute/prompt/<prompt>/manifest.json; beside it graph.json, scores.json
+         results/<run>/<variant>/attribute/manifest.json; beside it graph-metadata.json, graph_data/, features/,
+         summary.json
+"""
+
+
+rule attribute_prompt:
+    """Trace, prune and score the graph of one prompt."""
+    input:
+        config=frozen("attribute"),
+        toyworld=manifest("toyworld"),
+        tokenize=manifest("tokenize"),
+        train=manifest("train"),
+        features=manifest("features"),
+        interpret=manifest("interpret"),
+    output:
+        manifest=unit_manifest("attribute"),
+    log:
+        log_file("attribute", unit=True),
+    benchmark:
+        benchmark_file("attribute", unit=True)
+    params:
+        revision=stage("attribute").revision,
+        out=unit_folder("attribute"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        "python -m circuitmill attribute --prompt {wildcards.prompt} --config {input.config}"
+        " --toyworld {input.toyworld} --tokenize {input.tokenize} --train {input.train}"
+        " --features {input.features} --interpret {input.interpret} --out {params.out} 2>&1 | tee {log} >&2"
+
+
+rule run_attribute:
+    """Write the index of the graphs, the pages of their features and what the graphs say about known circuits."""
+    input:
+        config=frozen("attribute"),
+        toyworld=manifest("toyworld"),
+        tokenize=manifest("tokenize"),
+        train=manifest("train"),
+        features=manifest("features"),
+        interpret=manifest("interpret"),
+        prompts=unit_manifests("attribute"),
+    output:
+        manifest=manifest("attribute"),
+    log:
+        log_file("attribute"),
+    benchmark:
+        benchmark_file("attribute")
+    params:
+        revision=stage("attribute").revision,
+        out=folder("attribute"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=30,
+    shell:
+        "python -m circuitmill attribute --config {input.config} --toyworld {input.toyworld}"
+        " --tokenize {input.tokenize} --train {input.train} --features {input.features}"
+        " --interpret {input.interpret} --out {params.out} 2>&1 | tee {log} >&2"

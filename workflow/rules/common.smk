@@ -1,0 +1,84 @@
+"""Which run this is, and where its files are. Every path of the workflow is made here."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from circuitmill.config.compose import freeze, load_run
+from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, stage
+
+RUN = load_run(config.get("run", "demo"), shlex.split(config.get("set", "")))
+RESULTS = f"results/{RUN.name}"
+
+# A job finds the interpreter that snakemake runs on, also when its environment was not activated; in a container
+# that folder does not exist and the image's own interpreter comes next.
+shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
+
+
+wildcard_constraints:
+    variant="|".join(RUN.variants),
+    scope="|".join(["", *(f"{variant}/" for variant in RUN.variants)]),
+
+
+def folder(name):
+    """Folder of a stage, with the wildcard {variant} for train and what follows."""
+    return f"{RESULTS}/{name}" if stage(name).shared else f"{RESULTS}/{{variant}}/{name}"
+
+
+def unit_folder(name):
+    """Folder of one unit of a stage, with the unit as a wildcard."""
+    unit = stage(name).unit
+    return f"{folder(name)}/{unit}/{{{unit}}}"
+
+
+def manifest(name):
+    """The one output of a stage. Absent (an empty list) if this run does not have the stage."""
+    return f"{folder(name)}/manifest.json" if name in RUN.stages else []
+
+
+def unit_manifest(name):
+    """The one output of a unit."""
+    return f"{unit_folder(name)}/manifest.json"
+
+
+def unit_manifests(name):
+    """Input function: the outputs of all units of a stage, known from the configuration alone."""
+
+    def of(wildcards):
+        variant = getattr(wildcards, "variant", "")
+        pattern = unit_manifest(name).replace("{variant}", variant)
+        return [pattern.format(**{stage(name).unit: unit}) for unit in RUN.config(name, variant).units()]
+
+    return of
+
+
+def frozen(name):
+    """The frozen configuration of a stage."""
+    return f"{RESULTS}/config/{name}.yaml" if stage(name).shared else f"{RESULTS}/{{variant}}/config/{name}.yaml"
+
+
+def frozen_text(wildcards):
+    """Content of a frozen configuration."""
+    variant = wildcards.scope.rstrip("/")
+    heading = f"{wildcards.stage} of run {RUN.name}" + (f", variant {variant}" if variant else "")
+    return freeze(RUN.plain[wildcards.stage][variant], heading)
+
+
+def log_file(name, unit=False):
+    """Log of a stage or of one of its units."""
+    return (unit_folder(name) if unit else folder(name)).replace(RESULTS, f"{RESULTS}/logs", 1) + ".log"
+
+
+def benchmark_file(name, unit=False):
+    """Time and memory of a stage or of one of its units, measured by snakemake."""
+    return (unit_folder(name) if unit else folder(name)).replace(RESULTS, f"{RESULTS}/benchmarks", 1) + ".jsonl"
+
+
+def targets(name):
+    """The outputs of a stage for all variants."""
+    return expand(manifest(name), variant=RUN.variants)
+
+
+def siblings(name):
+    """Input function: the outputs of a stage for the variants other than this one."""
+    return lambda wildcards: expand(manifest(name), variant=[v for v in RUN.variants if v != wildcards.variant])

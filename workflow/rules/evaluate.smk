@@ -1,0 +1,33 @@
+"""Fit, sparsity, the replacement model and task accuracy, on held-out tokens.
+
+Inputs:  results/<run>/<variant>/config/evaluate.yaml, results/<run>/tokenize/manifest.json,
+         results/<run>/<variant>/train/manifest.json, results/<run>/toyworld/manifest.json (embedded model only)
+Outputs: results/<run>/<variant>/evaluate/manifest.json; beside it evaluation.json, *.parquet, plots/
+"""
+
+
+rule run_evaluate:
+    """Measure the trained transcoder."""
+    input:
+        config=frozen("evaluate"),
+        toyworld=manifest("toyworld"),
+        tokenize=manifest("tokenize"),
+        train=manifest("train"),
+    output:
+        manifest=manifest("evaluate"),
+    log:
+        log_file("evaluate"),
+    benchmark:
+        benchmark_file("evaluate")
+    params:
+        revision=stage("evaluate").revision,
+        out=folder("evaluate"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    shell:
+        "python -m circuitmill evaluate --config {input.config} --toyworld {input.toyworld}"
+        " --tokenize {input.tokenize} --train {input.train} --out {params.out} 2>&1 | tee {log} >&2"

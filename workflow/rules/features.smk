@@ -1,0 +1,66 @@
+"""What every feature fires on and promotes, one job per block of features.
+
+Inputs:  results/<run>/<variant>/config/features.yaml, the manifests of tokenize, cache, train,
+         and of toyworld (embedded model only)
+Outputs: results/<run>/<variant>/features/block/<block>/manifest.json; beside it features.parquet, windows.parquet
+         results/<run>/<variant>/features/manifest.json; beside it index.parquet
+"""
+
+
+rule features_block:
+    """Collect windows, densities and logit weights of one block of features."""
+    input:
+        config=frozen("features"),
+        toyworld=manifest("toyworld"),
+        tokenize=manifest("tokenize"),
+        cache=manifest("cache"),
+        train=manifest("train"),
+    output:
+        manifest=unit_manifest("features"),
+    log:
+        log_file("features", unit=True),
+    benchmark:
+        benchmark_file("features", unit=True)
+    params:
+        revision=stage("features").revision,
+        out=unit_folder("features"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    shell:
+        "python -m circuitmill features --block {wildcards.block} --config {input.config}"
+        " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --train {input.train}"
+        " --out {params.out} 2>&1 | tee {log} >&2"
+
+
+rule run_features:
+    """Check that the blocks cover every feature once and index them."""
+    input:
+        config=frozen("features"),
+        toyworld=manifest("toyworld"),
+        tokenize=manifest("tokenize"),
+        cache=manifest("cache"),
+        train=manifest("train"),
+        blocks=unit_manifests("features"),
+    output:
+        manifest=manifest("features"),
+    log:
+        log_file("features"),
+    benchmark:
+        benchmark_file("features")
+    params:
+        revision=stage("features").revision,
+        out=folder("features"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        "python -m circuitmill features --config {input.config} --toyworld {input.toyworld}"
+        " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --out {params.out}"
+        " 2>&1 | tee {log} >&2"

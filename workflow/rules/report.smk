@@ -1,0 +1,41 @@
+"""The browsable page of one variant; works from disk and without network.
+
+Inputs:  results/<run>/<variant>/config/report.yaml, the manifests of every stage before,
+         and of evaluate of the run's other variants
+Outputs: results/<run>/<variant>/report/manifest.json; beside it index.html
+"""
+
+
+rule run_report:
+    """Write the page."""
+    input:
+        config=frozen("report"),
+        toyworld=manifest("toyworld"),
+        tokenize=manifest("tokenize"),
+        cache=manifest("cache"),
+        train=manifest("train"),
+        evaluate=manifest("evaluate"),
+        features=manifest("features"),
+        interpret=manifest("interpret"),
+        attribute=manifest("attribute"),
+        siblings=siblings("evaluate"),
+    output:
+        manifest=manifest("report"),
+    log:
+        log_file("report"),
+    benchmark:
+        benchmark_file("report")
+    params:
+        revision=stage("report").revision,
+        out=folder("report"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=30,
+    shell:
+        "python -m circuitmill report --config {input.config} --toyworld {input.toyworld}"
+        " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --evaluate {input.evaluate}"
+        " --features {input.features} --interpret {input.interpret} --attribute {input.attribute}"
+        " --siblings {input.siblings} --out {params.out} 2>&1 | tee {log} >&2"

@@ -1,0 +1,30 @@
+"""Documents become fixed-length token sequences, split into train and held-out by document.
+
+Inputs:  results/<run>/config/tokenize.yaml, results/<run>/toyworld/manifest.json (embedded model only)
+Outputs: results/<run>/tokenize/manifest.json; beside it train/, heldout/ and documents-*.parquet
+"""
+
+
+rule run_tokenize:
+    """Tokenize and pack the corpus."""
+    input:
+        config=frozen("tokenize"),
+        toyworld=manifest("toyworld"),
+    output:
+        manifest=manifest("tokenize"),
+    log:
+        log_file("tokenize"),
+    benchmark:
+        benchmark_file("tokenize")
+    params:
+        revision=stage("tokenize").revision,
+        out=folder("tokenize"),
+    conda:
+        "../../envs/core.yaml"
+    threads: 2
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    shell:
+        "python -m circuitmill tokenize --config {input.config} --toyworld {input.toyworld} --out {params.out}"
+        " 2>&1 | tee {log} >&2"

@@ -1,0 +1,32 @@
+"""The cross-layer transcoder.
+
+Inputs:  results/<run>/<variant>/config/train.yaml, results/<run>/cache/manifest.json
+Outputs: results/<run>/<variant>/train/manifest.json; beside it model/, metrics.jsonl, checkpoints/
+"""
+
+
+rule run_train:
+    """Train, always through torchrun: one process per GPU, or one on the CPU where there is none."""
+    input:
+        config=frozen("train"),
+        cache=manifest("cache"),
+    output:
+        manifest=manifest("train"),
+    log:
+        log_file("train"),
+    benchmark:
+        benchmark_file("train")
+    params:
+        revision=stage("train").revision,
+        out=folder("train"),
+        ranks=lambda wildcards, resources: max(1, resources.gpu),
+    conda:
+        "../../envs/core.yaml"
+    threads: 2
+    resources:
+        gpu=0,
+        mem_mb=6000,
+        runtime=1440,
+    shell:
+        "torchrun --standalone --nproc-per-node {params.ranks} -m circuitmill train --config {input.config}"
+        " --cache {input.cache} --out {params.out} 2>&1 | tee {log} >&2"

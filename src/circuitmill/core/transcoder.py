@@ -52,9 +52,16 @@ class Transcoder(nn.Module):
         """Read every layer's MLP input with that layer's encoder, before the nonlinearity."""
         return einsum(x, self.W_enc, "token layer d_model, layer feature d_model -> token layer feature") + self.b_enc
 
+    def pre_activations_layer(
+        self, layer: int, x: Float[Tensor, "token d_model"], features: slice = slice(None)
+    ) -> Float[Tensor, "token feature"]:
+        """As `pre_activations`, for one layer's features or a block of them."""
+        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc[layer, features]
+        return nn.functional.linear(x, self.W_enc[layer, features], self.b_enc[layer, features])
+
     def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer feature"]:
         """Activations of all features: the pre-activation where it exceeds the threshold, else zero."""
-        return jumprelu(self.pre_activations(x), self.threshold)
+        return jumprelu(self.pre_activations(x), self.log_threshold)
 
     def encode_layer(
         self, layer: int, x: Float[Tensor, "token d_model"], features: slice = slice(None)
@@ -64,9 +71,7 @@ class Transcoder(nn.Module):
         Args:
             features: Which of the layer's features; the output's feature axis has the slice's length.
         """
-        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc
-        pre = nn.functional.linear(x, self.W_enc[layer, features], self.b_enc[layer, features])
-        return jumprelu(pre, self.log_threshold[layer, features].exp())
+        return jumprelu(self.pre_activations_layer(layer, x, features), self.log_threshold[layer, features])
 
     def decode_layer(self, source: int, a: Float[Tensor, "token feature"]) -> Float[Tensor, "token target d_model"]:
         """What one layer's features write to that layer and all later ones, without decoder bias."""
@@ -76,7 +81,12 @@ class Transcoder(nn.Module):
 
     def decode(self, a: Float[Tensor, "token layer feature"]) -> Float[Tensor, "token layer d_model"]:
         """Add up what every feature writes: layer m receives b_dec[m] and the writings of all layers up to m."""
-        written = [self.decode_layer(source, a[:, source]) for source in range(self.n_layers)]
+        return self.add_up([self.decode_layer(source, a[:, source]) for source in range(self.n_layers)])
+
+    def add_up(
+        self, written: list[Float[Tensor, "token ... d_model"]]
+    ) -> Float[Tensor, "token layer d_model"]:
+        """Sum what each source wrote (`decode_layer`, in order of sources) into the layers it wrote to, with biases."""
         return torch.stack(
             [
                 self.b_dec[layer] + sum(written[source][:, layer - source] for source in range(layer + 1))

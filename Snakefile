@@ -1,9 +1,9 @@
 """circuitmill: text goes in, attribution graphs come out.
 
-    snakemake                                       the demo, on this machine
-    snakemake train --config run=gpt2               one stage of another run and what it needs
-    snakemake --config run=demo set="train.lr=1e-3" with overrides
-    snakemake --profile profiles/slurm all          on a cluster
+snakemake                                       the demo, on this machine
+snakemake train --config run=gpt2               one stage of another run and what it needs
+snakemake --config run=demo set="train.lr=1e-3" with overrides
+snakemake --profile profiles/slurm all          on a cluster
 """
 
 from snakemake.utils import min_version
@@ -19,10 +19,10 @@ include: "workflow/rules/common.smk"
 
 # The first rule is what a bare `snakemake` makes.
 rule all:
-    """The report of every variant, and with it everything else."""
-    localrule: True
+    """The report of every variant, and everything it is made from."""
     input:
-        targets("report"),
+        [targets(name) for name in RUN.stage_names()],
+    localrule: True
 
 
 include: "workflow/rules/configure.smk"
@@ -49,6 +49,6 @@ for name in RUN.stage_names():
     rule:
         name:
             name
-        localrule: True
         input:
             targets(name),
+        localrule: True

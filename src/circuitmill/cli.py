@@ -77,6 +77,8 @@ def _add_stage(commands: Any, stage: Stage) -> None:
             type=Path,
             metavar="MANIFEST",
             required=name != OPTIONAL_UPSTREAM,
+            # the workflow writes the flag for every run; one without the embedded model leaves its value out
+            nargs="?" if name == OPTIONAL_UPSTREAM else None,
             help=f"manifest.json of stage {name}" + (" (embedded model only)" * (name == OPTIONAL_UPSTREAM)),
         )
     if stage.unit:

@@ -19,19 +19,20 @@ rule attribute_prompt:
         interpret=manifest("interpret"),
     output:
         manifest=unit_manifest("attribute"),
+        graph=f"{unit_folder('attribute')}/graph.json",
     log:
         log_file("attribute", unit=True),
     benchmark:
         benchmark_file("attribute", unit=True)
-    params:
-        revision=stage("attribute").revision,
-        out=unit_folder("attribute"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        revision=stage("attribute").revision,
+        out=beside,
     shell:
         "python -m circuitmill attribute --prompt {wildcards.prompt} --config {input.config}"
         " --toyworld {input.toyworld} --tokenize {input.tokenize} --train {input.train}"
@@ -54,15 +55,15 @@ rule run_attribute:
         log_file("attribute"),
     benchmark:
         benchmark_file("attribute")
-    params:
-        revision=stage("attribute").revision,
-        out=folder("attribute"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=3000,
         runtime=30,
+    params:
+        revision=stage("attribute").revision,
+        out=beside,
     shell:
         "python -m circuitmill attribute --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --train {input.train} --features {input.features}"

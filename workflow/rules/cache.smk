@@ -19,15 +19,15 @@ rule cache_shard:
         log_file("cache", unit=True),
     benchmark:
         benchmark_file("cache", unit=True)
-    params:
-        revision=stage("cache").revision,
-        out=unit_folder("cache"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
+    params:
+        revision=stage("cache").revision,
+        out=beside,
     shell:
         "python -m circuitmill cache --shard {wildcards.shard} --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --out {params.out} 2>&1 | tee {log} >&2"
@@ -46,15 +46,15 @@ rule run_cache:
         log_file("cache"),
     benchmark:
         benchmark_file("cache")
-    params:
-        revision=stage("cache").revision,
-        out=folder("cache"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=2000,
         runtime=60,
+    params:
+        revision=stage("cache").revision,
+        out=beside,
     shell:
         "python -m circuitmill cache --config {input.config} --toyworld {input.toyworld} --tokenize {input.tokenize}"
         " --out {params.out} 2>&1 | tee {log} >&2"

@@ -54,7 +54,9 @@ def unit_manifests(name):
 
 def frozen(name):
     """The frozen configuration of a stage."""
-    return f"{RESULTS}/config/{name}.yaml" if stage(name).shared else f"{RESULTS}/{{variant}}/config/{name}.yaml"
+    return (
+        f"{RESULTS}/config/{name}.yaml" if stage(name).shared else f"{RESULTS}/{{variant}}/config/{name}.yaml"
+    )
 
 
 def frozen_text(wildcards):
@@ -71,14 +73,31 @@ def log_file(name, unit=False):
 
 def benchmark_file(name, unit=False):
     """Time and memory of a stage or of one of its units, measured by snakemake."""
-    return (unit_folder(name) if unit else folder(name)).replace(RESULTS, f"{RESULTS}/benchmarks", 1) + ".jsonl"
+    return (unit_folder(name) if unit else folder(name)).replace(
+        RESULTS, f"{RESULTS}/benchmarks", 1
+    ) + ".jsonl"
+
+
+def beside(wildcards, output):
+    """Params function: the folder of the manifest, which belongs to the job."""
+    return str(Path(output.manifest).parent)
 
 
 def targets(name):
-    """The outputs of a stage for all variants."""
-    return expand(manifest(name), variant=RUN.variants)
+    """The outputs of a stage and of its units, for all variants.
+
+    Units are listed because snakemake makes a missing intermediate file again only if it is asked for.
+    """
+    files = expand(manifest(name), variant=RUN.variants)
+    unit = stage(name).unit
+    for variant in RUN.stages[name] if unit else ():
+        patterns = [unit_manifest(name)] + [f"{unit_folder(name)}/graph.json"] * (name == "attribute")
+        files += expand(patterns, variant=variant, **{unit: RUN.config(name, variant).units()})
+    return files
 
 
 def siblings(name):
     """Input function: the outputs of a stage for the variants other than this one."""
-    return lambda wildcards: expand(manifest(name), variant=[v for v in RUN.variants if v != wildcards.variant])
+    return lambda wildcards: expand(
+        manifest(name), variant=[v for v in RUN.variants if v != wildcards.variant]
+    )

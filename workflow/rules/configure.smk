@@ -12,12 +12,16 @@ rule configure:
     """Write one stage's frozen configuration."""
     output:
         f"{RESULTS}/{{scope}}config/{{stage}}.yaml",
-    params:
-        text=frozen_text,
+    log:
+        f"{RESULTS}/logs/{{scope}}config/{{stage}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scope}}config/{{stage}}.jsonl"
     localrule: True
     threads: 1
     resources:
         mem_mb=100,
         runtime=1,
-    run:
-        Path(output[0]).write_text(params.text)
+    params:
+        text=frozen_text,
+    shell:
+        "printf %s {params.text:q} > {output:q} 2> {log}"

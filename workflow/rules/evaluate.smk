@@ -19,15 +19,15 @@ rule run_evaluate:
         log_file("evaluate"),
     benchmark:
         benchmark_file("evaluate")
-    params:
-        revision=stage("evaluate").revision,
-        out=folder("evaluate"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=4000,
         runtime=120,
+    params:
+        revision=stage("evaluate").revision,
+        out=beside,
     shell:
         "python -m circuitmill evaluate --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --train {input.train} --out {params.out} 2>&1 | tee {log} >&2"

@@ -21,15 +21,15 @@ rule features_block:
         log_file("features", unit=True),
     benchmark:
         benchmark_file("features", unit=True)
-    params:
-        revision=stage("features").revision,
-        out=unit_folder("features"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=4000,
         runtime=120,
+    params:
+        revision=stage("features").revision,
+        out=beside,
     shell:
         "python -m circuitmill features --block {wildcards.block} --config {input.config}"
         " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --train {input.train}"
@@ -51,15 +51,15 @@ rule run_features:
         log_file("features"),
     benchmark:
         benchmark_file("features")
-    params:
-        revision=stage("features").revision,
-        out=folder("features"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        revision=stage("features").revision,
+        out=beside,
     shell:
         "python -m circuitmill features --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --out {params.out}"

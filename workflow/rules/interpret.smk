@@ -17,15 +17,15 @@ rule interpret_block:
         log_file("interpret", unit=True),
     benchmark:
         benchmark_file("interpret", unit=True)
-    params:
-        revision=stage("interpret").revision,
-        out=unit_folder("interpret"),
     conda:
         "../../envs/interpret.yaml"
     threads: 1
     resources:
         mem_mb=3000,
         runtime=240,
+    params:
+        revision=stage("interpret").revision,
+        out=beside,
     shell:
         "python -m circuitmill interpret --block {wildcards.block} --config {input.config}"
         " --features {input.features} --out {params.out} 2>&1 | tee {log} >&2"
@@ -43,15 +43,15 @@ rule run_interpret:
         log_file("interpret"),
     benchmark:
         benchmark_file("interpret")
-    params:
-        revision=stage("interpret").revision,
-        out=folder("interpret"),
     conda:
         "../../envs/interpret.yaml"
     threads: 1
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        revision=stage("interpret").revision,
+        out=beside,
     shell:
         "python -m circuitmill interpret --config {input.config} --features {input.features} --out {params.out}"
         " 2>&1 | tee {log} >&2"

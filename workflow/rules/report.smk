@@ -25,15 +25,15 @@ rule run_report:
         log_file("report"),
     benchmark:
         benchmark_file("report")
-    params:
-        revision=stage("report").revision,
-        out=folder("report"),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=3000,
         runtime=30,
+    params:
+        revision=stage("report").revision,
+        out=beside,
     shell:
         "python -m circuitmill report --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --evaluate {input.evaluate}"

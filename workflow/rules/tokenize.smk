@@ -16,15 +16,15 @@ rule run_tokenize:
         log_file("tokenize"),
     benchmark:
         benchmark_file("tokenize")
-    params:
-        revision=stage("tokenize").revision,
-        out=folder("tokenize"),
     conda:
         "../../envs/core.yaml"
     threads: 2
     resources:
         mem_mb=4000,
         runtime=240,
+    params:
+        revision=stage("tokenize").revision,
+        out=beside,
     shell:
         "python -m circuitmill tokenize --config {input.config} --toyworld {input.toyworld} --out {params.out}"
         " 2>&1 | tee {log} >&2"

@@ -15,14 +15,14 @@ rule run_toyworld:
         log_file("toyworld"),
     benchmark:
         benchmark_file("toyworld")
-    params:
-        revision=stage("toyworld").revision,
-        out=folder("toyworld"),
     conda:
         "../../envs/core.yaml"
     threads: 2
     resources:
         mem_mb=3000,
         runtime=60,
+    params:
+        revision=stage("toyworld").revision,
+        out=beside,
     shell:
         "python -m circuitmill toyworld --config {input.config} --out {params.out} 2>&1 | tee {log} >&2"

@@ -16,10 +16,6 @@ rule run_train:
         log_file("train"),
     benchmark:
         benchmark_file("train")
-    params:
-        revision=stage("train").revision,
-        out=folder("train"),
-        ranks=lambda wildcards, resources: max(1, resources.gpu),
     conda:
         "../../envs/core.yaml"
     threads: 2
@@ -27,6 +23,10 @@ rule run_train:
         gpu=0,
         mem_mb=6000,
         runtime=1440,
+    params:
+        revision=stage("train").revision,
+        out=beside,
+        ranks=lambda wildcards, resources: max(1, resources.gpu),
     shell:
         "torchrun --standalone --nproc-per-node {params.ranks} -m circuitmill train --config {input.config}"
         " --cache {input.cache} --out {params.out} 2>&1 | tee {log} >&2"

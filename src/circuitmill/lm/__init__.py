@@ -1,0 +1,1 @@
+"""Language models: loading, where their MLPs are, capturing and replacing them."""

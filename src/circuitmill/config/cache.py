@@ -1,0 +1,102 @@
+"""Options of stage cache."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from circuitmill.config.model import ModelConfig
+from circuitmill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How many activations are stored, and in which form."""
+
+    model: ModelConfig
+    """The model whose activations are stored."""
+    train_shards: int
+    """Shards of the train split; each is one job."""
+    heldout_shards: int
+    """Shards of the held-out split."""
+    train_tokens: int | None
+    """Tokens of the train split to run on, BOS included, rounded up to whole sequences; null takes all."""
+    heldout_tokens: int | None
+    """The same for the held-out split."""
+    batch_sequences: int
+    """Sequences in one forward pass."""
+    codec: Literal["int8", "bf16", "float32"]
+    """Stored form: 8-bit codes with scales, or the numbers themselves."""
+    group_channels: int
+    """Channels that share one scale (int8); must divide d_model, or be larger and then means all channels."""
+    calibration_tokens: int
+    """Tokens at the start of a shard from which the scale of each channel is taken (int8)."""
+    compression_level: int
+    """Of zstd, 1 to 22."""
+    chunk_bytes: int
+    """Least size of a compressed and checksummed chunk of codes, before compression."""
+    chunks_per_file: int
+    """Chunks in one file of a shard; a file is the unit of writing and of resuming."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "train_shards",
+            "heldout_shards",
+            "batch_sequences",
+            "group_channels",
+            "calibration_tokens",
+            "chunk_bytes",
+            "chunks_per_file",
+        )
+        for key in positive:
+            self._require(getattr(self, key) > 0, "a positive number", key)
+        for key in ("train_tokens", "heldout_tokens"):
+            self._require(
+                getattr(self, key) is None or getattr(self, key) > 0, "a positive number or null", key
+            )
+        self._require(1 <= self.compression_level <= 22, "a level from 1 to 22", "compression_level")
+
+    def _require(self, good: bool, expected: str, key: str) -> None:
+        if not good:
+            raise ConfigError(
+                expected, found=repr(getattr(self, key)), where=f"cache.{key}", fix="change the value"
+            )
+
+    def units(self) -> tuple[str, ...]:
+        """Names of the shards: split and number."""
+        names = [f"train-{index:05d}" for index in range(self.train_shards)]
+        return tuple(names + [f"heldout-{index:05d}" for index in range(self.heldout_shards)])
+
+    def slices(self, sequences: dict[str, int], context: int) -> dict[str, tuple[str, int, int]]:
+        """Which sequences each shard holds: shard -> (split, first, one past the last).
+
+        Args:
+            sequences: Sequences that each split of the token store has.
+            context: Tokens in a sequence.
+
+        Raises:
+            ConfigError: a budget asks for more tokens than there are, or a shard would be empty.
+        """
+        result = {}
+        for split, shards, budget in (
+            ("train", self.train_shards, self.train_tokens),
+            ("heldout", self.heldout_shards, self.heldout_tokens),
+        ):
+            there = sequences[split]
+            wanted = there if budget is None else -(-budget // context)
+            if wanted > there:
+                raise ConfigError(
+                    f"at most {there * context} tokens in split {split} of the token store",
+                    found=f"a budget of {budget}",
+                    where=f"cache.{split}_tokens",
+                    fix="lower it, set null to take all, or tokenize more text",
+                )
+            if wanted < shards:
+                raise ConfigError(
+                    f"at most {wanted} shards for {wanted} sequences of split {split}",
+                    found=str(shards),
+                    where=f"cache.{split}_shards",
+                    fix="use fewer shards or more tokens",
+                )
+            for index in range(shards):
+                name = f"{split}-{index:05d}"
+                result[name] = (split, index * wanted // shards, (index + 1) * wanted // shards)
+        return result

@@ -1,0 +1,70 @@
+"""MLP inputs and outputs of every layer, through forward hooks on the Hugging Face model."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from circuitmill.errors import ConfigError, ShapeError
+from circuitmill.lm.hookpoints import mlps
+from circuitmill.lm.load import LanguageModel
+
+
+class _LastMlpDone(Exception):
+    """Not an error: everything that was asked for has been seen, the rest of the pass is not needed."""
+
+
+def capture_mlp(
+    lm: LanguageModel, tokens: Int[Tensor, "sequence pos"]
+) -> tuple[Float[Tensor, "sequence pos layer d_model"], Float[Tensor, "sequence pos layer d_model"]]:
+    """Run the model and keep what goes into and comes out of every MLP.
+
+    The forward pass ends at the last MLP: neither the final norm nor logits are computed. The hooks are
+    removed whatever happens.
+
+    Returns:
+        Inputs (after the norm in front of the MLP) and outputs, in the model's precision, on its device.
+
+    Raises:
+        ConfigError: the sequences are longer than the model's context, or its architecture is unknown.
+        ShapeError: an MLP's input or output is not of the model's width.
+    """
+    n_sequences, length = tokens.shape
+    if length > lm.context:
+        raise ConfigError(
+            f"sequences of at most {lm.context} tokens, the context of model {lm.name}",
+            found=f"{length} tokens",
+            where="tokenize.context",
+            fix="lower the context and tokenize again, or shorten the prompt",
+        )
+    shape = (n_sequences, length, lm.n_layers, lm.d_model)
+    inputs = torch.empty(shape, dtype=lm.model.dtype, device=lm.device)
+    outputs = torch.empty_like(inputs)
+
+    def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            for kept, value, what in ((inputs, arguments[0], "input"), (outputs, output, "output")):
+                if value.shape != kept[:, :, layer].shape:
+                    raise ShapeError(
+                        f"MLP {what} of shape {tuple(kept[:, :, layer].shape)}",
+                        found=f"{tuple(value.shape)}",
+                        where=f"model {lm.name}, layer {layer}",
+                        fix="this architecture needs its own row in circuitmill/lm/hookpoints.py",
+                    )
+                kept[:, :, layer] = value
+            if layer == lm.n_layers - 1:
+                raise _LastMlpDone
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(layer)) for layer, module in enumerate(mlps(lm.model))]
+    try:
+        with torch.no_grad():
+            lm.model.base_model(input_ids=tokens.to(lm.device), use_cache=False)
+    except _LastMlpDone:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, outputs

@@ -1,0 +1,100 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from circuitmill.config.model import ModelConfig
+from circuitmill.errors import ConfigError, StoreError, UpstreamError
+from circuitmill.lm.load import load_language_model, load_tokenizer, tokenizer_digest
+
+CPU = torch.device("cpu")
+
+
+def _config(folder: Path, dtype: str = "float32") -> ModelConfig:
+    return ModelConfig(source="folder", name=str(folder), revision="", dtype=dtype)
+
+
+@pytest.fixture
+def copied(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+def test_sizes_and_frozen_weights(tiny_model_dir: Path) -> None:
+    lm = load_language_model(_config(tiny_model_dir), toyworld=None, device=CPU)
+    assert (lm.n_layers, lm.d_model, lm.d_vocab, lm.context, lm.bos_id) == (2, 16, 300, 32, 1)
+    assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+
+
+def test_dtype(tiny_model_dir: Path) -> None:
+    lm = load_language_model(_config(tiny_model_dir, "bfloat16"), toyworld=None, device=CPU)
+    assert lm.model.dtype == torch.bfloat16
+
+
+def test_digest_follows_the_weights(tiny_model_dir: Path, copied: Path) -> None:
+    one = load_language_model(_config(tiny_model_dir), toyworld=None, device=CPU)
+    same = load_language_model(_config(copied), toyworld=None, device=CPU)
+    assert one.digest == same.digest
+    with torch.no_grad():
+        same.model.get_parameter("transformer.ln_f.weight").add_(1)
+    same.model.save_pretrained(copied)
+    assert load_language_model(_config(copied), toyworld=None, device=CPU).digest != one.digest
+
+
+def test_embedded_model_is_below_the_stages_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    cfg = ModelConfig(source="toyworld", name="toyworld", revision="", dtype="float32")
+    assert load_language_model(cfg, toyworld=tmp_path, device=CPU).n_layers == 2
+    with pytest.raises(UpstreamError, match="--toyworld"):
+        load_language_model(cfg, toyworld=None, device=CPU)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json(.|\n)*nowhere"):
+        load_tokenizer(_config(tmp_path / "nowhere"), toyworld=None)
+
+
+def test_missing_weights(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"a model that transformers can load(.|\n)*safetensors"):
+        load_language_model(_config(copied), toyworld=None, device=CPU)
+
+
+def test_truncated_weights(copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="whole safetensors files"):
+        load_language_model(_config(copied), toyworld=None, device=CPU)
+
+
+def test_pickled_weights_are_not_read(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="a model that transformers can load"):
+        load_language_model(_config(copied), toyworld=None, device=CPU)
+
+
+def test_bos_from_the_models_configuration(copied: Path) -> None:
+    path = copied / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["bos_token"]
+    path.write_text(json.dumps(settings))
+    (copied / "special_tokens_map.json").unlink()
+    assert load_tokenizer(_config(copied), toyworld=None).bos_token_id == 1
+    model = json.loads((copied / "config.json").read_text())
+    model["bos_token_id"] = None
+    (copied / "config.json").write_text(json.dumps(model))
+    with pytest.raises(ConfigError, match="a BOS token"):
+        load_tokenizer(_config(copied), toyworld=None)
+
+
+def test_tokenizer_digest_follows_its_files(tiny_model_dir: Path, copied: Path) -> None:
+    one = tokenizer_digest(load_tokenizer(_config(tiny_model_dir), toyworld=None))
+    assert one == tokenizer_digest(load_tokenizer(_config(copied), toyworld=None))
+    path = copied / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(settings))
+    assert tokenizer_digest(load_tokenizer(_config(copied), toyworld=None)) != one

@@ -1,0 +1,131 @@
+"""Stage `toyworld`: a corpus with known facts and algorithms, and a small language model trained on it.
+
+| written | what |
+|---|---|
+| corpus/train.txt, corpus/heldout.txt | one document per line, UTF-8 |
+| model/ | Hugging Face folder: config, weights (safetensors, float32), tokenizer |
+| truth.json | tasks with answers, circuits with the concepts they pass through |
+| metrics.jsonl | tokens, loss (nats per token), share of the peak learning rate |
+
+The counts of the manifest hold what the model was measured to do: `accuracy` and `items` per task, `beyond` (tasks that the truth
+leaves out), `exchange`, `ablation`, `loss`, sizes. Pretraining runs on the CPU in float32.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from circuitmill.config.toyworld import ToyworldConfig
+from circuitmill.errors import ConfigError, DivergedError
+from circuitmill.stores.files import atomic_write
+from circuitmill.stores.manifest import Manifest, StageOutput
+from circuitmill.toyworld import measure
+from circuitmill.toyworld.corpus import write_documents
+from circuitmill.toyworld.families import FAMILIES
+from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain
+from circuitmill.toyworld.tokenizer import make_tokenizer
+from circuitmill.toyworld.transformer import key_query_scale, make_transformer
+from circuitmill.toyworld.truth import BEYOND, all_tasks, truth
+from circuitmill.toyworld.world import World, make_world
+
+
+def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
+    """Make the corpus, the tokenizer, the model and the truth about them.
+
+    Raises:
+        ConfigError: the mix names an unknown family, or `accept` an unknown figure.
+        DivergedError: the loss is not finite, or a measured figure is below `accept`.
+    """
+    _check_names("toyworld.corpus.mix", cfg.corpus.mix, tuple(FAMILIES))
+    world = make_world(cfg.seed)
+    tasks = all_tasks(world)
+    _check_names("toyworld.accept", cfg.accept, (*tasks, *_DERIVED))
+    output = StageOutput("toyworld", cfg, {}, out)
+
+    documents = write_documents(world, cfg.corpus.mix, cfg.corpus.documents, stream="train")
+    heldout = write_documents(
+        world, cfg.corpus.mix, cfg.corpus.heldout_documents, stream="heldout", exclude=frozenset(documents)
+    )
+    atomic_write(output.path("corpus", "train.txt"), "\n".join(documents) + "\n")
+    atomic_write(output.path("corpus", "heldout.txt"), "\n".join(heldout) + "\n")
+    atomic_write(output.path("truth.json"), json.dumps(truth(world), indent=1, ensure_ascii=False) + "\n")
+
+    tokenizer = make_tokenizer(documents)
+    stream = measure.token_stream(tokenizer, documents)
+    if output.ledger.get("model") is None:
+        _train(cfg, tokenizer, stream, output)
+    # What is measured is what was saved.
+    model = AutoModelForCausalLM.from_pretrained(output.path("model"), local_files_only=True).eval()
+    batches = measure.heldout_batches(tokenizer, heldout, cfg.transformer.context)
+    figures = _measure(model, tokenizer, world, tasks, batches)
+    _accept(cfg, figures)
+    return output.finish(
+        {
+            "documents": len(documents),
+            "heldout_documents": len(heldout),
+            "tokens": len(stream),
+            "heldout_tokens": sum(tokens.numel() for tokens in batches),
+            "pretrain_tokens": cfg.pretrain.tokens // cfg.pretrain.batch_tokens * cfg.pretrain.batch_tokens,
+            "parameters": model.num_parameters(),
+            "d_vocab": len(tokenizer),
+            **figures,
+        }
+    )
+
+
+def _train(cfg: ToyworldConfig, tokenizer: PreTrainedTokenizerBase, stream, output: StageOutput) -> None:
+    bos_id = tokenizer.bos_token_id
+    windows = Windows(stream, bos_id=bos_id, context=cfg.transformer.context, seed=cfg.seed)
+    model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=bos_id, seed=cfg.seed)
+    pretrain(Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output)
+    if hasattr(model.config, "activation_function"):
+        model.config.activation_function = "gelu_new"
+    model.save_pretrained(output.path("model"))
+    tokenizer.save_pretrained(output.path("model"))
+    output.ledger.put("model")
+    shutil.rmtree(output.path("checkpoints"))
+
+
+_DERIVED = ("exchange", "mlps_needed")
+"""Figures that `accept` can name beside the tasks; both are better when larger."""
+
+
+def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, tasks: dict, batches: list) -> dict:
+    scores = measure.task_scores(model, tokenizer, tasks)
+    ablation = measure.ablation(model, tokenizer, tasks["two_hop_city"], batches)
+    return {
+        "accuracy": {name: score.accuracy for name, score in scores.items() if name not in BEYOND},
+        "beyond": {name: scores[name].accuracy for name in BEYOND},
+        "items": {name: score.n for name, score in scores.items()},
+        "exchange": measure.exchange(model, tokenizer, world),
+        "ablation": ablation,
+        "loss": {"heldout": measure.heldout_loss(model, batches)},
+    }
+
+
+def _accept(cfg: ToyworldConfig, figures: dict) -> None:
+    inner = [figures["exchange"][f"after_layer_{layer}"] for layer in range(1, cfg.transformer.n_layers - 1)]
+    found = {
+        **figures["accuracy"],
+        **figures["beyond"],
+        "exchange": max(inner, default=0.0),
+        "mlps_needed": 1 - figures["ablation"]["all"],
+    }
+    short = {name: bar for name, bar in cfg.accept.items() if found[name] < bar}
+    if short:
+        raise DivergedError(
+            "a model with " + ", ".join(f"{name} >= {bar:g}" for name, bar in short.items()),
+            found=", ".join(f"{name} {found[name]:.3f}" for name in short),
+            where="toyworld.accept",
+            fix="raise toyworld.pretrain.tokens, take another toyworld.seed, or lower the bar",
+        )
+
+
+def _check_names(key: str, given: dict, known: tuple[str, ...]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(
+            "names among " + ", ".join(known), found=", ".join(unknown), where=key, fix="remove or correct them"
+        )

@@ -1,0 +1,218 @@
+"""Pretraining of the embedded model: Muon on the blocks' matrices, AdamW on the rest, budgets in tokens.
+
+1. The training text is one stream of tokens, BOS in front of each document.
+2. Update i sees windows of the model's context that begin at document starts drawn by a generator seeded with
+   (seed, i). An update therefore needs nothing from the one before but weights and optimizer state, and a continued run
+   equals an unbroken one bit for bit.
+3. Rates rise over `warmup_tokens`, stay, and fall linearly from `decay_from` of the budget. The algorithmic tasks
+   (induction, addition) appear late and suddenly; AdamW alone did not reach them within the budget.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from circuitmill.config.toyworld import PretrainConfig
+from circuitmill.errors import ConfigError, DivergedError
+from circuitmill.logs import progress
+from circuitmill.stores.files import atomic_write
+from circuitmill.stores.manifest import StageOutput
+from circuitmill.toyworld.transformer import is_key_or_query
+
+_LOG_TOKENS = 51_200
+"""Tokens between two lines of metrics."""
+_MOMENTUM = 0.95
+_BETAS = (0.9, 0.98)
+
+_log = logging.getLogger(__name__)
+
+
+class Windows:
+    """Training batches by number.
+
+    Args:
+        stream: All training documents, BOS in front of each.
+    """
+
+    def __init__(self, stream: Int[np.ndarray, " token"], *, bos_id: int, context: int, seed: int) -> None:
+        starts = np.flatnonzero(stream == bos_id)
+        self._starts = starts[starts + context <= len(stream)]
+        if not len(self._starts):
+            raise ConfigError(
+                f"text of at least one context ({context} tokens)",
+                found=f"{len(stream)} tokens",
+                where="toyworld.corpus.documents",
+                fix="generate more documents",
+            )
+        self._stream, self._offsets, self._seed = stream, np.arange(context), seed
+
+    def batch(self, number: int, n_sequences: int) -> Int[Tensor, "sequence pos"]:
+        """The windows of one update; a function of the seed and the number."""
+        rng = np.random.default_rng([self._seed, number])
+        starts = rng.choice(self._starts, n_sequences)
+        return torch.from_numpy(self._stream[starts[:, None] + self._offsets].astype(np.int64))
+
+
+class Pretraining:
+    """Model, optimizers and schedule of one run."""
+
+    def __init__(self, model: PreTrainedModel, cfg: PretrainConfig, *, key_query_scale: float) -> None:
+        self.model, self.cfg = model, cfg
+        self.n_updates = cfg.tokens // cfg.batch_tokens
+        self.done = 0
+        """Updates made."""
+        embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        matrices, key_query, rest = [], [], []
+        for name, weight in model.named_parameters():
+            if weight.ndim != 2 or id(weight) in embeddings or ".wpe." in name:
+                rest.append(weight)
+            else:
+                (key_query if is_key_or_query(name) else matrices).append(weight)
+        groups = [
+            {"params": matrices, "lr": cfg.lr_matrices},
+            {"params": key_query, "lr": cfg.lr_matrices * key_query_scale},
+        ]
+        self._optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(
+                groups, lr=cfg.lr_matrices, weight_decay=cfg.weight_decay, momentum=_MOMENTUM
+            ),
+            "adamw": torch.optim.AdamW(rest, lr=cfg.lr_rest, betas=_BETAS, weight_decay=0.0, fused=True),
+        }
+        for group in self._groups():
+            group["peak"] = group["lr"]
+
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
+
+    def rate(self, tokens: int) -> float:
+        """Share of the peak learning rates after `tokens` tokens."""
+        cfg = self.cfg
+        rise = min(1.0, (tokens + cfg.batch_tokens) / cfg.warmup_tokens) if cfg.warmup_tokens else 1.0
+        share = tokens / cfg.tokens
+        if share < cfg.decay_from:
+            return rise
+        return rise * max(cfg.final_lr, 1 - (share - cfg.decay_from) / (1 - cfg.decay_from))
+
+    def update(self, tokens: Int[Tensor, "sequence pos"]) -> float:
+        """Make one update and return the loss before it, in nats per token.
+
+        Raises:
+            DivergedError: the loss is not finite; the weights are left as they were.
+        """
+        rate = self.rate(self.done * self.cfg.batch_tokens)
+        for group in self._groups():
+            group["lr"] = group["peak"] * rate
+        loss = next_token_loss(self.model(tokens, use_cache=False).logits, tokens)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DivergedError(
+                "a finite loss",
+                found=value,
+                where=f"toyworld pretraining, update {self.done + 1} of {self.n_updates}",
+                fix="lower toyworld.pretrain.lr_matrices and toyworld.pretrain.lr_rest",
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+        for optimizer in self._optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next update depends on: weights and optimizer state, by name."""
+        tensors = {f"model/{name}": weight.detach() for name, weight in self.model.named_parameters()}
+        for kind, optimizer in self._optimizers.items():
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"{kind}/{index}/{key}": value for key, value in entry.items()}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def load_state(self, tensors: dict[str, Tensor], done: int) -> None:
+        """Go on from a state."""
+        self.done = done
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(tensors[f"model/{name}"])
+        for kind, optimizer in self._optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"{kind}/"):
+                    _, index, key = name.split("/")
+                    state.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def next_token_loss(
+    logits: Float[Tensor, "sequence pos d_vocab"], tokens: Int[Tensor, "sequence pos"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of each token given those before it in its window."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interrupt: Callable[[], bool] = bool) -> None:
+    """Train to the end of the budget, continuing from the last checkpoint in `output`.
+
+    Writes `metrics.jsonl` (tokens, loss, share of the peak learning rate) and, every `checkpoint_tokens`, a checkpoint
+    that replaces the one before.
+
+    Args:
+        interrupt: Asked after each update; True stops there, as a kill would.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    cfg = run.cfg
+    metrics = _resume(run, output)
+    run.model.train()
+    n_sequences, every = cfg.batch_tokens // run.model.config.max_position_embeddings, _updates(cfg.checkpoint_tokens, cfg)
+    total, before = run.n_updates * cfg.batch_tokens, run.done * cfg.batch_tokens
+    losses: list[float] = []
+    with progress("pretraining the embedded model", total=total, unit="tokens", done=before) as bar:
+        while run.done < run.n_updates:
+            rate = run.rate(run.done * cfg.batch_tokens)
+            losses.append(run.update(windows.batch(run.done, n_sequences)))
+            bar.advance(cfg.batch_tokens)
+            last = run.done == run.n_updates
+            checkpoint = last or run.done % every == 0
+            if checkpoint or run.done % _updates(_LOG_TOKENS, cfg) == 0:
+                mean = sum(losses) / len(losses)
+                bar.note(f"loss {mean:.3f}")
+                metrics.append({"tokens": run.done * cfg.batch_tokens, "loss": mean, "rate": rate})
+                losses.clear()
+            if checkpoint:
+                _checkpoint(run, metrics, output)
+            if interrupt():
+                return
+    run.model.eval()
+
+
+def _updates(tokens: int, cfg: PretrainConfig) -> int:
+    return max(1, tokens // cfg.batch_tokens)
+
+
+def _resume(run: Pretraining, output: StageOutput) -> list[dict]:
+    entry = output.ledger.get("checkpoint")
+    if entry is None:
+        return []
+    run.load_state(load(output.path(entry["file"]).read_bytes()), entry["updates"])
+    _log.info("pretraining continues after %d of %d updates", run.done, run.n_updates)
+    lines = output.path("metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["tokens"] <= run.done * run.cfg.batch_tokens]
+
+
+def _checkpoint(run: Pretraining, metrics: list[dict], output: StageOutput) -> None:
+    previous = output.ledger.get("checkpoint")
+    name = f"checkpoints/{run.done:08d}.safetensors"
+    atomic_write(output.path(name), save(run.state()))
+    atomic_write(output.path("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in metrics))
+    output.ledger.put("checkpoint", file=name, updates=run.done)
+    if previous is not None and previous["file"] != name:
+        output.path(previous["file"]).unlink(missing_ok=True)

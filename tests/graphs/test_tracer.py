@@ -18,7 +18,12 @@ from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError, StoreError, UpstreamError
 from circuitmill.graphs import tracer
 from circuitmill.graphs.graph import AttributionGraph
-from circuitmill.graphs.tracer import LocalReplacementModel, RepairedTranscoder, load_transcoder, replacement_model
+from circuitmill.graphs.tracer import (
+    LocalReplacementModel,
+    RepairedTranscoder,
+    load_transcoder,
+    replacement_model,
+)
 from circuitmill.stores.clt import save_clt
 
 Build = Callable[..., LocalReplacementModel]
@@ -40,11 +45,15 @@ def transcoder_where(tmp_path: Path, make_transcoder: Callable[..., Transcoder])
     return make
 
 
-def test_nodes_are_features_errors_embeddings_logits(neo_graph: AttributionGraph, prompt_ids: torch.Tensor) -> None:
+def test_nodes_are_features_errors_embeddings_logits(
+    neo_graph: AttributionGraph, prompt_ids: torch.Tensor
+) -> None:
     graph, n_pos = neo_graph, len(prompt_ids)
     assert graph.tokens == tuple(prompt_ids.tolist())
     assert graph.n_features == graph.n_active > 50
-    assert graph.logits.stop == len(graph.adjacency) == graph.n_features + 3 * n_pos + n_pos + len(graph.targets)
+    assert (
+        graph.logits.stop == len(graph.adjacency) == graph.n_features + 3 * n_pos + n_pos + len(graph.targets)
+    )
     assert (graph.features[:, 1] > 0).all()  # BOS has no feature nodes
     assert (graph.adjacency[graph.errors] == 0).all()
     assert (graph.adjacency[graph.embeddings] == 0).all()
@@ -55,7 +64,9 @@ def test_nodes_are_features_errors_embeddings_logits(neo_graph: AttributionGraph
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_most_influential_features_are_kept(neo: LocalReplacementModel, prompt_ids: torch.Tensor, trace_ids: Trace) -> None:
+def test_most_influential_features_are_kept(
+    neo: LocalReplacementModel, prompt_ids: torch.Tensor, trace_ids: Trace
+) -> None:
     full, capped = trace_ids(neo, prompt_ids), trace_ids(neo, prompt_ids, 20)
     assert capped.n_features == 20 < capped.n_active == full.n_active
     where = [full.features.tolist().index(feature) for feature in capped.features.tolist()]
@@ -85,7 +96,8 @@ def test_row_sums_and_unattributed_are_the_whole_linear_part(
     for node in range(0, graph.n_features, 7):
         layer, pos, index = graph.features[node].tolist()
         linear = keep[names[4 + layer]][0, pos] @ clt.W_enc[layer, index]
-        assert linear + clt.b_enc[layer, index] == pytest.approx(graph.activations[node].item(), abs=1e-5)
+        pre = (linear + clt.b_enc[layer, index]).item()
+        assert pre == pytest.approx(graph.activations[node].item(), abs=1e-5)
         grads = torch.autograd.grad(linear, [embed, *outputs], retain_graph=True, allow_unused=True)
         held = (grads[0] * embed).sum()
         for target, grad in enumerate(grads[1:]):
@@ -108,7 +120,10 @@ def test_unattributed_of_logits_completes_the_logit(
 
 
 def test_grouped_contraction_gives_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch, neo: LocalReplacementModel, neo_graph: AttributionGraph, prompt_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    neo: LocalReplacementModel,
+    neo_graph: AttributionGraph,
+    prompt_ids: torch.Tensor,
     trace_ids: Trace,
 ) -> None:
     monkeypatch.delattr(tracer.GroupedContext, "_compute_score_hook")
@@ -120,15 +135,20 @@ def _silence_last(transcoder: Transcoder, model: LocalReplacementModel, ids: tor
     """Thresholds above every activation at the last position, where the others have some that are higher."""
     found: list[torch.Tensor] = []
     model.run_with_hooks(
-        ids, fwd_hooks=[(f"blocks.{i}.mlp.hook_in", lambda acts, hook: found.append(acts[0])) for i in range(3)]
+        ids,
+        fwd_hooks=[(f"blocks.{i}.mlp.hook_in", lambda acts, hook: found.append(acts[0])) for i in range(3)],
     )
     pre = transcoder.pre_activations(torch.stack(found, dim=1))
     transcoder.log_threshold.copy_(pre[-1].clamp(min=0.01).add(1e-3).log())
 
 
 def test_last_token_without_active_feature(
-    neo: LocalReplacementModel, build: Build, transcoder_where: Callable[..., Path], prompt_ids: torch.Tensor,
-    trace_ids: Trace, monkeypatch: pytest.MonkeyPatch,
+    neo: LocalReplacementModel,
+    build: Build,
+    transcoder_where: Callable[..., Path],
+    prompt_ids: torch.Tensor,
+    trace_ids: Trace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = transcoder_where(lambda transcoder: _silence_last(transcoder, neo, prompt_ids))
     replaced = build("gpt_neo", folder)
@@ -140,7 +160,10 @@ def test_last_token_without_active_feature(
 
 
 def test_no_active_feature_at_all_is_refused(
-    build: Build, transcoder_where: Callable[..., Path], prompt_ids: torch.Tensor, trace_ids: Trace,
+    build: Build,
+    transcoder_where: Callable[..., Path],
+    prompt_ids: torch.Tensor,
+    trace_ids: Trace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = transcoder_where(lambda transcoder: transcoder.log_threshold.fill_(20.0))
@@ -153,10 +176,15 @@ def test_no_active_feature_at_all_is_refused(
 
 
 def test_bos_with_id_zero(
-    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, transcoder_dir: Path,
-    prompt_ids: torch.Tensor, trace_ids: Trace,
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    transcoder_dir: Path,
+    prompt_ids: torch.Tensor,
+    trace_ids: Trace,
 ) -> None:
-    zero = AutoTokenizer.from_pretrained(tokenizer.name_or_path, bos_token="<|pad|>", eos_token=None, pad_token=None)
+    zero = AutoTokenizer.from_pretrained(
+        tokenizer.name_or_path, bos_token="<|pad|>", eos_token=None, pad_token=None
+    )
     zero.eos_token = zero.pad_token = None
     assert zero.bos_token_id == 0
     with pytest.raises(StopIteration):
@@ -177,9 +205,7 @@ def tokenizer_without_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
     return other
 
 
-def test_activations_take_one_prompt(
-    neo: LocalReplacementModel, prompt_ids: torch.Tensor
-) -> None:
+def test_activations_take_one_prompt(neo: LocalReplacementModel, prompt_ids: torch.Tensor) -> None:
     batch = prompt_ids.repeat(2, 1)
     _, wrong = TransformerLensReplacementModel.get_activations(neo, batch)
     _, alone = neo.get_activations(prompt_ids)
@@ -224,8 +250,11 @@ def test_truncated_file_is_named(transcoder_where: Callable[..., Path]) -> None:
 
 
 def test_transcoder_of_another_width_is_refused(
-    make_model: Callable[[str], PreTrainedModel], make_transcoder: Callable[..., Transcoder],
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, prompt_ids: torch.Tensor,
+    make_model: Callable[[str], PreTrainedModel],
+    make_transcoder: Callable[..., Transcoder],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    prompt_ids: torch.Tensor,
 ) -> None:
     save_clt(tmp_path, make_transcoder(d_model=8), scan="./data/features", model_name="tiny")
     with pytest.raises(ShapeError, match="d_model 16; found d_model 8"):
@@ -238,18 +267,27 @@ def test_loaded_transcoder_is_ours(transcoder_dir: Path, make_transcoder: Callab
     x = torch.randn(5, 3, 16)
     features = loaded.encode(x.transpose(0, 1))
     torch.testing.assert_close(features.transpose(0, 1), ours.encode(x))
-    torch.testing.assert_close(loaded.decode(features).transpose(0, 1), ours.decode(ours.encode(x)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        loaded.decode(features).transpose(0, 1), ours.decode(ours.encode(x)), atol=1e-5, rtol=0
+    )
 
 
 def test_the_library_itself_is_untouched() -> None:
     stock = CrossLayerTranscoder.compute_reconstruction
     assert stock.__module__ == "circuit_tracer.transcoder.cross_layer_transcoder"
-    assert context_transformerlens.AttributionContext._compute_score_hook.__module__ == context_transformerlens.__name__
+    assert (
+        context_transformerlens.AttributionContext._compute_score_hook.__module__
+        == context_transformerlens.__name__
+    )
 
 
 def test_callers_tokenizer_is_not_changed(
-    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, transcoder_dir: Path,
-    prompt_ids: torch.Tensor, trace_ids: Trace, neo_graph: AttributionGraph,
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    transcoder_dir: Path,
+    prompt_ids: torch.Tensor,
+    trace_ids: Trace,
+    neo_graph: AttributionGraph,
 ) -> None:
     left = AutoTokenizer.from_pretrained(tokenizer.name_or_path, padding_side="left")
     replaced = replacement_model(make_model("gpt_neo"), left, transcoder_dir, prompt_ids)

@@ -6,6 +6,7 @@ under those freezes, so the agreement is exact but for rounding.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -43,18 +44,16 @@ def verify_edges(replaced: LocalReplacementModel, graph: AttributionGraph, nodes
         nodes: Indices of feature nodes.
     """
     ids = torch.tensor(graph.tokens)
-    base, base_logits = _read(*replaced.get_activations(ids, apply_activation_function=False), graph)
     worst_feature = worst_logit = largest = 0.0
-    for node in nodes:
-        layer, pos, index = graph.features[node].tolist()
-        column = graph.adjacency[:, node]
-        largest = max(largest, column.abs().max().item())
-        for factor in FACTORS:
-            value = graph.activations[node].item() * factor
+    with replaced.zero_softcap():  # edges to a logit stop before a model's cap on it
+        base, base_logits = _read(*replaced.get_activations(ids, apply_activation_function=False), graph)
+        for node, factor in product(nodes, FACTORS):
+            layer, pos, index = graph.features[node].tolist()
+            column = graph.adjacency[:, node]
             changed, logits = _read(
                 *replaced.feature_intervention(
                     ids,
-                    [(layer, pos, index, value)],
+                    [(layer, pos, index, graph.activations[node].item() * factor)],
                     constrained_layers=range(graph.n_layers),
                     apply_activation_function=False,
                 ),
@@ -64,11 +63,14 @@ def verify_edges(replaced: LocalReplacementModel, graph: AttributionGraph, nodes
             worst_feature = max(worst_feature, gap.abs().max().item())
             gap = logits - base_logits - (factor - 1) * column[graph.logits]
             worst_logit = max(worst_logit, gap.abs().max().item())
+            largest = max(largest, column.abs().max().item())
     return EdgeCheck(len(nodes), worst_feature, worst_logit, largest)
 
 
 def _read(
-    logits: Float[Tensor, "1 pos d_vocab"], activations: Float[Tensor, "layer pos feature"], graph: AttributionGraph
+    logits: Float[Tensor, "1 pos d_vocab"],
+    activations: Float[Tensor, "layer pos feature"],
+    graph: AttributionGraph,
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations of the feature nodes, and the logit nodes' logits less the mean logit."""
     last = logits[0, -1]

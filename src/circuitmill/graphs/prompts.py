@@ -23,7 +23,10 @@ def encode(
     ids = [bos_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
     if len(ids) < 2:
         raise ConfigError(
-            "a prompt of at least one token", found=repr(prompt), where=f"prompt {name}", fix="write some text"
+            "a prompt of at least one token",
+            found=repr(prompt),
+            where=f"prompt {name}",
+            fix="write some text",
         )
     if len(ids) > context:
         raise ConfigError(

@@ -61,7 +61,9 @@ class RepairedTranscoder(CrossLayerTranscoder):
                 loaded.n_layers,
                 loaded.d_transcoder,
                 loaded.d_model,
-                activation_function="jump_relu" if isinstance(loaded.activation_function, JumpReLU) else "relu",
+                activation_function="jump_relu"
+                if isinstance(loaded.activation_function, JumpReLU)
+                else "relu",
                 lazy_decoder=loaded.lazy_decoder,
                 feature_input_hook=loaded.feature_input_hook,
                 feature_output_hook=loaded.feature_output_hook,
@@ -107,7 +109,14 @@ class GroupedContext(AttributionContext):
     @classmethod
     def of(cls, context: AttributionContext) -> "GroupedContext":
         """The same prompt in this class."""
-        names = ("activation_matrix", "error_vectors", "token_vectors", "decoder_vecs", "encoder_vecs", "logits")
+        names = (
+            "activation_matrix",
+            "error_vectors",
+            "token_vectors",
+            "decoder_vecs",
+            "encoder_vecs",
+            "logits",
+        )
         maps = ("encoder_to_decoder_map", "decoder_locations")
         return cls(**{name: getattr(context, name) for name in names + maps})
 
@@ -202,9 +211,13 @@ def load_transcoder(folder: Path, device: torch.device, n_layers: int) -> Repair
                 fix=fix,
             )
     # an absolute path is what the loader takes for an already downloaded repository
-    loaded, _ = load_transcoder_from_hub(str(folder.resolve()), device=device, dtype=torch.float32, lazy_decoder=True)
+    loaded, _ = load_transcoder_from_hub(
+        str(folder.resolve()), device=device, dtype=torch.float32, lazy_decoder=True
+    )
     if not isinstance(loaded, CrossLayerTranscoder):
-        raise StoreError("model_kind cross_layer_transcoder", found=type(loaded).__name__, where=folder, fix=fix)
+        raise StoreError(
+            "model_kind cross_layer_transcoder", found=type(loaded).__name__, where=folder, fix=fix
+        )
     return RepairedTranscoder.of(loaded)
 
 
@@ -253,7 +266,9 @@ def _load_weights(replaced: LocalReplacementModel, weights: dict[str, Tensor]) -
     }
     report = replaced.load_state_dict(moved, strict=False)
     buffers = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos", ".b_U")
-    lost = [key for key in report.missing_keys if not key.startswith("transcoders.") and not key.endswith(buffers)]
+    lost = [
+        key for key in report.missing_keys if not key.startswith("transcoders.") and not key.endswith(buffers)
+    ]
     if lost or report.unexpected_keys:
         raise ConfigError(
             "a converter that fills every weight",
@@ -264,7 +279,9 @@ def _load_weights(replaced: LocalReplacementModel, weights: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def _compare_logits(replaced: LocalReplacementModel, model: PreTrainedModel, probe: Int[Tensor, " pos"]) -> None:
+def _compare_logits(
+    replaced: LocalReplacementModel, model: PreTrainedModel, probe: Int[Tensor, " pos"]
+) -> None:
     ids = probe.to(model.device)[None]
     wanted, found = model(ids).logits.float(), replaced(ids)
     gap = (found - wanted).abs().max().item() / max(1.0, wanted.abs().max().item())
@@ -346,7 +363,8 @@ def _unattributed(
     """
     residual: list[Tensor] = []
     replaced.run_with_hooks(
-        ids.to(replaced.cfg.device), fwd_hooks=[("unembed.hook_pre", lambda acts, hook: residual.append(acts[0, -1]))]
+        ids.to(replaced.cfg.device),
+        fwd_hooks=[("unembed.hook_pre", lambda acts, hook: residual.append(acts[0, -1]))],
     )
     columns = replaced.unembed_proj[:, targets] - replaced.unembed_proj.mean(dim=1, keepdim=True)
     layers, _, index = features.T

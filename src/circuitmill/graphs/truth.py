@@ -72,7 +72,10 @@ def load_circuits(path: Path) -> dict[str, tuple[Circuit, ...]]:
         }
     except (KeyError, TypeError) as error:
         raise StoreError(
-            "circuits with prompt, answer and concepts", found=f"{error!r}", where=path, fix="rerun stage toyworld"
+            "circuits with prompt, answer and concepts",
+            found=f"{error!r}",
+            where=path,
+            fix="rerun stage toyworld",
         ) from error
 
 
@@ -85,7 +88,9 @@ def find_circuit(circuits: Mapping[str, Sequence[Circuit]], kind: str, index: in
     known = circuits.get(kind)
     if known is None or index >= len(known):
         raise ConfigError(
-            f"at most {len(known)} circuits" if known else "a kind of circuit among " + ", ".join(sorted(circuits)),
+            f"at most {len(known)} circuits"
+            if known
+            else "a kind of circuit among " + ", ".join(sorted(circuits)),
             found=str(index + 1) if known else kind,
             where=f"attribute.circuits.{kind}",
             fix="ask for a circuit that truth.json holds",
@@ -111,7 +116,10 @@ def names(concept: Concept, named: Named) -> str | None:
 
 
 def check_concept(
-    concept: Concept, position: int, features: Sequence[Mapping[str, Any]], named: Mapping[tuple[int, int], Named]
+    concept: Concept,
+    position: int,
+    features: Sequence[Mapping[str, Any]],
+    named: Mapping[tuple[int, int], Named],
 ) -> dict[str, Any]:
     """Look for a concept among the feature nodes of a pruned graph.
 
@@ -129,7 +137,9 @@ def check_concept(
         for node in features
         if (evidence := names(concept, named[node["layer"], node["feature"]]))
     ]
-    matches.sort(key=lambda match: (match["pos"] != position, match["influence"], match["layer"], match["feature"]))
+    matches.sort(
+        key=lambda match: (match["pos"] != position, match["influence"], match["layer"], match["feature"])
+    )
     best = None
     if matches:
         first = matches[0]

@@ -20,6 +20,8 @@ AXES: dict[str, str] = {
     "item": "one question of a task",
     "node": "a node of an attribution graph",
     "rank": "one process of a distributed run",
+    "entry": "one (token, feature) place of a matrix of which few places are kept",
     "bin": "a bar of a histogram",
+    "firing": "one (token, feature) pair in which the feature fires",
 }
 """What each axis word stands for."""

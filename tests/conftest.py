@@ -6,6 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,16 @@ def make_tiny_model(folder: Path, *, vocabulary: int = 300, context: int = 32) -
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer GPT-Neo folder: d_model 16, context 32, bytes as tokens, BOS id 1."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout-like folder in which the whole workflow ran with `experiment=tiny`: real stages, smallest sizes."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("workflow", "profiles", "config", "envs"):
+        shutil.copytree(REPOSITORY / name, folder / name)
+    shutil.copy(REPOSITORY / "Snakefile", folder)
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "all", "--config", "run=tiny"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder

@@ -35,7 +35,7 @@ def configure(rank: int = 0, *, verbose: bool = False) -> None:
 class Progress(Protocol):
     """What long work reports to."""
 
-    def advance(self, amount: float = 1) -> None:
+    def advance(self, amount: int | float = 1) -> None:
         """Say that `amount` more units are done."""
 
     def note(self, text: str) -> None:
@@ -43,12 +43,12 @@ class Progress(Protocol):
 
 
 class _Lines:
-    def __init__(self, description: str, total: float, unit: str) -> None:
+    def __init__(self, description: str, total: int | float, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.text = 0.0, ""
         self.start = self.last = time.monotonic()
 
-    def advance(self, amount: float = 1) -> None:
+    def advance(self, amount: int | float = 1) -> None:
         self.done += amount
         now = time.monotonic()
         if now - self.last >= LINE_INTERVAL:
@@ -81,7 +81,7 @@ class _Bar:
     def __init__(self, bar: object, task: object) -> None:
         self.bar, self.task = bar, task
 
-    def advance(self, amount: float = 1) -> None:
+    def advance(self, amount: int | float = 1) -> None:
         self.bar.advance(self.task, amount)  # type: ignore[attr-defined]
 
     def note(self, text: str) -> None:
@@ -89,7 +89,9 @@ class _Bar:
 
 
 @contextmanager
-def progress(description: str, *, total: float, unit: str = "items", done: float = 0) -> Iterator[Progress]:
+def progress(
+    description: str, *, total: int | float, unit: str = "items", done: int | float = 0
+) -> Iterator[Progress]:
     """Report progress of `total` units of work, `done` of which an earlier run finished.
 
     Example:

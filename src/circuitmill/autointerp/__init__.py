@@ -1,0 +1,1 @@
+"""Explain features in words, and measure how well the words predict them."""

@@ -66,7 +66,7 @@ def test_gpt_neo_with_scaled_attention_is_noticed(
 
 
 def test_unknown_architecture_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="gpt_neo.*found 'bert'"):
+    with pytest.raises(ConfigError, match=r"gpt_neo.*found 'bert'"):
         hooked_config(BertConfig())
 
 

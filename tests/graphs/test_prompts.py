@@ -14,7 +14,7 @@ def test_prompt_longer_than_the_context_names_prompt_tokens_and_context(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     assert len(encode(tokenizer, "a" * 31, name="x", bos_id=1, context=32)) == 32
-    with pytest.raises(ConfigError, match="at most 32 tokens.*found 33 tokens in 'aaaa") as caught:
+    with pytest.raises(ConfigError, match=r"at most 32 tokens.*found 33 tokens in 'aaaa") as caught:
         encode(tokenizer, "a" * 32, name="long-one", bos_id=1, context=32)
     assert "prompt long-one" in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Influence, scores and pruning: by hand on a graph of seven nodes, and against circuit-tracer on a traced one."""
+"""Influence, scores and pruning: by hand on seven nodes, and against circuit-tracer on a traced graph."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def theirs(graph: AttributionGraph) -> SimpleNamespace:
 
 @pytest.fixture
 def small() -> AttributionGraph:
-    """Two features, one layer, two tokens, one logit. Feature 0 reads token 1, feature 1 reads feature 0 and an error."""
+    """One layer, two tokens, one logit; feature 0 reads token 1, feature 1 reads feature 0 and an error."""
     adjacency = torch.zeros(7, 7)
     adjacency[0, 5] = 2.0  # features 0, 1; errors 2, 3; embeddings 4, 5; logit 6
     adjacency[1, 0], adjacency[1, 3] = 3.0, -1.0
@@ -53,7 +53,7 @@ def test_influence_by_hand(small: AttributionGraph) -> None:
 def test_scores_by_hand(small: AttributionGraph) -> None:
     found = scores(small)
     assert found.replacement == pytest.approx(0.4 / 0.5)
-    # importance: feature 0 .3, feature 1 .4, error .1, embeddings .4, logit .5; feature 1 has a quarter from an error
+    # importance: feature 0 .3, feature 1 .4 (a quarter from an error), error .1, embeddings .4, logit .5
     assert found.completeness == pytest.approx(1 - 0.4 * 0.25 / 1.7)
     # feature 0 gets 2 from nowhere beside 2, the logit 1 beside 1
     assert found.unattributed == pytest.approx((0.3 * 0.5 + 0.5 * 0.5) / 1.2)

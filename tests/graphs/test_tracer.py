@@ -77,7 +77,7 @@ def test_most_influential_features_are_kept(
 def test_row_sums_and_unattributed_are_the_whole_linear_part(
     build: Build, prompt_ids: torch.Tensor, trace_ids: Trace, architecture: str
 ) -> None:
-    """pre-activation - b_enc = row sum + unattributed, and the latter is what autograd says no node carries."""
+    """Pre-activation - b_enc = row sum + unattributed, and autograd agrees about which is which."""
     replaced = build(architecture)
     graph = trace_ids(replaced, prompt_ids)
     clt, keep = replaced.transcoders, {}
@@ -183,7 +183,10 @@ def test_bos_with_id_zero(
     trace_ids: Trace,
 ) -> None:
     zero = AutoTokenizer.from_pretrained(
-        tokenizer.name_or_path, bos_token="<|pad|>", eos_token=None, pad_token=None
+        tokenizer.name_or_path,
+        bos_token="<|pad|>",
+        eos_token=None,
+        pad_token=None,  # noqa: S106
     )
     zero.eos_token = zero.pad_token = None
     assert zero.bos_token_id == 0

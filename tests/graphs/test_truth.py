@@ -98,5 +98,5 @@ def test_circuits_are_read(tmp_path: Path) -> None:
 )
 def test_damaged_truth_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "truth.json").write_text(text)
-    with pytest.raises(StoreError, match="truth.json"):
+    with pytest.raises(StoreError, match=r"truth\.json"):
         load_circuits(tmp_path / "truth.json")

@@ -138,7 +138,7 @@ def test_graph_of_another_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text('{"metadata"')
     with pytest.raises(StoreError, match="a JSON file"):
         read_graph(tmp_path / "g.json")
-    with pytest.raises(StoreError, match="none.json"):
+    with pytest.raises(StoreError, match=r"none\.json"):
         read_graph(tmp_path / "none.json")
 
 

@@ -1,0 +1,1 @@
+"""Attribution graphs: trace a prompt, check the edges, prune, score, export, compare with known circuits."""

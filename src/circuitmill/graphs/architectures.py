@@ -1,8 +1,9 @@
-"""Hugging Face architectures in TransformerLens's terms: its configuration as plain data and the name of its converter.
+"""Hugging Face architectures in TransformerLens's terms: its configuration as plain data, its converter by name.
 
-TransformerLens finds a model's shape in a table of names on the hub. A model in a local folder has no such name, so
-the same fields are read from the model's own configuration here. Whatever a converter does not carry over (an
-attention bias it does not know, a rope variant) shows up as different logits, which `tracer.replacement_model` refuses.
+TransformerLens finds a model's shape in a table of names on the hub. A model in a local folder has no such
+name, so the same fields are read from the model's own configuration here. Whatever a converter does not carry
+over (an attention bias it does not know, a rope variant) shows up as different logits, which
+`tracer.replacement_model` refuses.
 """
 
 from collections.abc import Callable

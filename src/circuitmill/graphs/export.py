@@ -1,8 +1,8 @@
 """A pruned graph as the JSON document that circuit-tracer's page draws.
 
-The schema is circuit-tracer's. Two things differ from its own writer: error nodes are named `{layer}_-1_{pos}` (its
-`0_{layer}_{pos}` is also the name of a feature of layer 0, and links to one would go to the other), and features carry
-their explanation. Extra keys of `metadata` hold the scores.
+The schema is circuit-tracer's. Two things differ from its own writer: error nodes are named
+`{layer}_-1_{pos}` (its `0_{layer}_{pos}` is also the name of a feature of layer 0, and links to one would go
+to the other), and features carry their explanation. Extra keys of `metadata` hold the scores.
 """
 
 from collections.abc import Mapping

@@ -19,9 +19,10 @@ class Target:
 class AttributionGraph:
     """Direct effects between the nodes of one prompt's local replacement model.
 
-    Node order: features, errors (layer by layer, positions inside), embeddings, logits. `adjacency[t, s]` is the
-    direct effect of node s on node t: on a feature's pre-activation, or on a logit minus the mean logit. Errors and
-    embeddings have no inputs ("Circuit Tracing", Ameisen et al. 2025, section "Constructing an attribution graph").
+    Node order: features, errors (layer by layer, positions inside), embeddings, logits. `adjacency[t, s]` is
+    the direct effect of node s on node t: on a feature's pre-activation, or on a logit minus the mean logit.
+    Errors and embeddings have no inputs ("Circuit Tracing", Ameisen et al. 2025, section "Constructing an
+    attribution graph").
     """
 
     prompt: str
@@ -38,8 +39,8 @@ class AttributionGraph:
     """Logit nodes, the most probable first."""
     adjacency: Float[Tensor, "node node"]
     unattributed: Float[Tensor, " node"]
-    """What reaches a feature or logit node from no node: biases, positions, the first token's MLP outputs and features
-    beyond the cap. In the unit of the node's row; zero for errors and embeddings."""
+    """What reaches a feature or logit node from no node: biases, positions, the first token's MLP outputs and
+    features beyond the cap. In the unit of the node's row; zero for errors and embeddings."""
 
     @property
     def n_features(self) -> int:

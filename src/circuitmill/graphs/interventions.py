@@ -1,8 +1,8 @@
 """Edges against interventions: change a feature, freeze everything else, and compare with the graph's column.
 
-With attention patterns, norm scales and MLP outputs frozen, setting an active feature to c times its activation must
-change every feature's pre-activation and every logit by (c - 1) times the feature's edges. The residual model is linear
-under those freezes, so the agreement is exact but for rounding.
+With attention patterns, norm scales and MLP outputs frozen, setting an active feature to c times its
+activation must change every feature's pre-activation and every logit by (c - 1) times the feature's edges.
+The residual model is linear under those freezes, so the agreement is exact but for rounding.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """What matters in a graph: influence, pruning and scores.
 
 With A[target, source] = |edge| normalised over each row, the influence of all nodes on the logits is
-v = w (A + A^2 + ...), w the logit nodes' probabilities; the graph is acyclic, so the series ends. Scores and pruning are
-circuit-tracer's, computed here on our own graph (a test compares them): "Circuit Tracing", Ameisen et al. 2025,
-sections "Evaluating the graph" and "Pruning".
+v = w (A + A^2 + ...), w the logit nodes' probabilities; the graph is acyclic, so the series ends. Scores and
+pruning are circuit-tracer's, computed here on our own graph (a test compares them): "Circuit Tracing",
+Ameisen et al. 2025, sections "Evaluating the graph" and "Pruning".
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Scores:
     completeness: float
     """Share of the nodes' inputs, weighted by influence, that does not come from errors."""
     unattributed: float
-    """Share of the nodes' inputs, weighted by influence, that comes from no node at all. The other two do not see it."""
+    """Share of the nodes' inputs, weighted by influence, that comes from no node; the other two do not see it."""
 
 
 def normalized(adjacency: Float[Tensor, "node node"]) -> Float[Tensor, "node node"]:
@@ -52,7 +52,7 @@ def logit_weights(graph: AttributionGraph) -> Float[Tensor, " node"]:
 
 
 def influence(shares: Float[Tensor, "node node"], weights: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
-    """w (A + A^2 + ...) for normalised edges A.
+    """Sum up w (A + A^2 + ...) for normalised edges A.
 
     Raises:
         DivergedError: the edges form a cycle, so that the series does not end.
@@ -94,8 +94,8 @@ def scores(graph: AttributionGraph) -> Scores:
 def prune(graph: AttributionGraph, node_threshold: float, edge_threshold: float) -> Pruned:
     """Keep the fewest nodes, then the fewest edges, that hold the given shares of influence.
 
-    Embeddings and logits are always kept. Features and errors that are left without an output, and features left without
-    an input, go, until none is.
+    Embeddings and logits are always kept. Features and errors that are left without an output, and features
+    left without an input, go, until none is.
 
     Args:
         node_threshold: Share of the nodes' influence, between 0 and 1.

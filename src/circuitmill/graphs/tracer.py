@@ -1,22 +1,22 @@
 """The one place that touches circuit-tracer 0.5.0 and TransformerLens.
 
-A replacement model is built around a Hugging Face model and a cross-layer transcoder in a local folder, checked against
-the original's logits, and traced. Nothing here asks a hub for anything. What the library gets wrong is repaired in
-subclasses, never by changing the library's own objects:
+A replacement model is built around a Hugging Face model and a cross-layer transcoder in a local folder,
+checked against the original's logits, and traced. Nothing here asks a hub for anything. What the library gets
+wrong is repaired in subclasses, never by changing the library's own objects:
 
 | wrong in 0.5.0 | here |
 |---|---|
-| reconstruction sized by the last position with an active feature | `RepairedTranscoder.compute_reconstruction` |
-| no active feature on the whole prompt: a crash in `torch.cat` | `RepairedTranscoder.select_decoder_vectors` refuses |
+| reconstruction ends at the last position with an active feature | `RepairedTranscoder.compute_reconstruction` |
+| no active feature on the prompt: a crash | `RepairedTranscoder.select_decoder_vectors` refuses |
 | token id 0 taken for "no BOS" | `LocalReplacementModel.ensure_tokenized` takes ids and adds nothing |
 | skip weights in a CLT's files silently ignored | `load_transcoder` refuses the folder |
 | stray or missing layer files change the number of layers | `load_transcoder` refuses the folder |
-| `get_activations` on a batch zeroes its first sequence | `LocalReplacementModel.get_activations` takes one prompt |
-| one gradient row gathered per decoder: most of the time | `GroupedContext`, the same sums as matrix products |
+| `get_activations` zeroes the first of a batch | `LocalReplacementModel.get_activations` takes one prompt |
+| a gradient row gathered per decoder: most of the time | `GroupedContext`, the same sums as matrix products |
 | destructor fails at interpreter exit | `LocalReplacementModel.__del__` |
 
-Error-node ids, the index of graphs, list scans and the server are not used: `export` and `stores.graphs` write the files.
-The nnsight backend is never imported.
+Error-node ids, the index of graphs, list scans and the server are not used: `export` and `stores.graphs`
+write the files. The nnsight backend is never imported.
 """
 
 import copy
@@ -102,8 +102,9 @@ class RepairedTranscoder(CrossLayerTranscoder):
 class GroupedContext(AttributionContext):
     """Contract gradients with decoders one position at a time.
 
-    einsum(grads[:, positions], vectors, "batch position d_model, position d_model -> position batch") first copies one
-    gradient row per active decoder. Decoders of one position share their row, so it is a matrix product per position.
+    einsum(grads[:, positions], vectors, "batch position d_model, position d_model -> position batch") first
+    copies one gradient row per active decoder. Decoders of one position share their row, so it is a matrix
+    product per position.
     """
 
     @classmethod
@@ -176,13 +177,14 @@ class LocalReplacementModel(TransformerLensReplacementModel):
 
 
 def load_transcoder(folder: Path, device: torch.device, n_layers: int) -> RepairedTranscoder:
-    """Load a CLT in circuit-tracer's layout, in float32, with decoders left on disk until a feature needs them.
+    """Load a CLT in circuit-tracer's layout, in float32, leaving decoders on disk until a feature needs them.
 
     Args:
         n_layers: Layers of the language model; the files must be those of as many.
 
     Raises:
-        StoreError: config.yaml or a layer's file is missing or damaged, there are files of other layers, or there are
+        StoreError: config.yaml or a layer's file is missing or damaged, there are files of other layers, or
+        there are
             skip weights, which the library would silently ignore.
     """
     wanted = {f"{kind}_{layer}.safetensors" for kind in ("W_enc", "W_dec") for layer in range(n_layers)}
@@ -249,7 +251,7 @@ def replacement_model(
         **fields, n_ctx=len(probe), device=str(model.device), dtype=torch.float32, init_weights=False
     )
     replaced = LocalReplacementModel.from_config(config, clt)
-    # TransformerLens would reopen the tokenizer by name and change its special tokens; nothing here needs either
+    # TransformerLens would reopen the tokenizer by name and change its special tokens
     replaced.tokenizer = copy.deepcopy(tokenizer)
     replaced.tokenizer.padding_side = "right"
     with torch.no_grad():
@@ -259,7 +261,7 @@ def replacement_model(
 
 
 def _load_weights(replaced: LocalReplacementModel, weights: dict[str, Tensor]) -> None:
-    """Fill in the model's weights; every MLP and the unembedding have been wrapped, which moved their keys."""
+    """Fill in the model's weights. Every MLP and the unembedding have been wrapped, which moved their keys."""
     moved = {
         key.replace(".mlp.", ".mlp.old_mlp.").replace("unembed.", "unembed.old_unembed."): tensor
         for key, tensor in weights.items()
@@ -290,7 +292,7 @@ def _compare_logits(
             f"logits equal to the original model's within {LOGIT_TOLERANCE:g}",
             found=f"a relative difference of {gap:.2g}",
             where=f"model.name (model type {model.config.model_type})",
-            fix="this variant of the architecture is not carried over; see circuitmill/graphs/architectures.py",
+            fix="something about this model is not carried over; see circuitmill/graphs/architectures.py",
         )
 
 
@@ -358,8 +360,8 @@ def _unattributed(
 ) -> Float[Tensor, " node"]:
     """The linear part of each feature's pre-activation and of each logit, less the row's sum.
 
-    A feature's activation is its pre-activation, W_enc x + b_enc; a logit node stands for the final residual times the
-    unembedding column less the mean column.
+    A feature's activation is its pre-activation, W_enc x + b_enc; a logit node stands for the final residual
+    times the unembedding column less the mean column.
     """
     residual: list[Tensor] = []
     replaced.run_with_hooks(

@@ -1,8 +1,8 @@
 """Whether a graph passes through the concepts that are known to lie between its prompt and its answer.
 
-The embedded model answers questions whose intermediate concepts we chose: the state between a city and a capital. A
-concept counts as found if a feature of the pruned graph names it, in its explanation or among the tokens it promotes
-most. It is judged by whole words with their capitals, never by parts of words.
+The embedded model answers questions whose intermediate concepts we chose: the state between a city and a
+capital. A concept counts as found if a feature of the pruned graph names it, in its explanation or among the
+tokens it promotes most. It is judged by whole words with their capitals, never by parts of words.
 """
 
 import re
@@ -129,8 +129,8 @@ def check_concept(
         named: By layer and feature, for every feature among them.
 
     Returns:
-        Whether and how it was found; `best` is the most influential feature that names it, one at the expected position
-        before any other.
+        Whether and how it was found; `best` is the most influential feature that names it, one at the
+        expected position before any other.
     """
     matches = [
         {**node, "evidence": evidence}

@@ -2,10 +2,11 @@
 
     graph-metadata.json      {"graphs": [metadata of every graph]}
     graph_data/<slug>.json   metadata, qParams, nodes, links of one pruned graph
-    features/<id>.json       one feature: its windows, logits, histogram; id is the Cantor number of (layer, feature)
+    features/<id>.json       windows, logits, histogram of a feature; id is the Cantor number of (layer, feature)
 
-All are UTF-8 JSON with sorted keys and numbers of six significant digits, so that equal graphs give equal bytes. They are
-written whole or not at all. The page finds the features through `metadata.scan`, here always `./data/features`.
+All are UTF-8 JSON with sorted keys and numbers of six significant digits, so that equal graphs give equal
+bytes. They are written whole or not at all. The page finds the features through `metadata.scan`, here always
+`./data/features`.
 """
 
 import json
@@ -96,7 +97,7 @@ def read_graph(path: Path) -> dict[str, Any]:
 
 
 def graph_features(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The feature nodes of a graph with `layer`, `feature` (index in its layer), `pos` and `influence` as numbers."""
+    """The feature nodes of a graph, with `layer`, `feature` (index in its layer) and `pos` as numbers."""
     found = []
     for node in document["nodes"]:
         if node["feature_type"] == FEATURE_NODE:
@@ -115,7 +116,7 @@ def graph_features(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_index(path: Path, documents: Iterable[Mapping[str, Any]]) -> None:
-    """Write the list of graphs that the page offers, from all of them at once: there is nothing to update or to race."""
+    """Write the list of graphs that the page offers, from all of them at once: nothing to update or to race."""
     write_json(path, {"graphs": [document["metadata"] for document in documents]})
 
 

@@ -100,6 +100,9 @@ def test_quantile_windows_spread_over_activations() -> None:
     collector.update(value[:, None], torch.arange(n_windows), torch.arange(n_windows))
     chosen = collector.chosen(torch.tensor([True]))
     found = value[chosen.window[chosen.kind == 1]]
+    quantile = chosen.quantile[chosen.kind == 1]
+    assert quantile.unique().tolist() == [0, 25, 50, 75] and (quantile.diff() >= 0).all()
+    assert (chosen.quantile[chosen.kind == 0] == -1).all()
     # ranks of 85 random values; an interval of ten even parts should meet each sample loosely
     assert (found - torch.linspace(0.05, 0.95, 10)).abs().max() < 0.15
 

@@ -31,6 +31,8 @@ SAMPLE_FACTOR = 8
 """Sampled windows per quantile window; the quantile windows are spread over the sample's ranks."""
 SILENT_POOL = 256
 """Windows whose silence is remembered for every feature."""
+QUANTILE_GROUPS = 4
+"""Quantile windows are named by the quarter they come from: 0, 25, 50 or 75."""
 KINDS = ("top", "quantile", "silent")
 
 
@@ -43,6 +45,8 @@ class Chosen:
     """Index into KINDS."""
     rank: Int[Tensor, " item"]
     """From 0; top: by activation, descending; quantile: by activation, ascending; silent: no meaning."""
+    quantile: Int[Tensor, " item"]
+    """Quantile windows: lower end, in percent, of the quarter of the sample, by activation; others: -1."""
     window: Int[Tensor, " item"]
     """As given to `Collector.update`."""
 
@@ -199,21 +203,26 @@ class Collector:
 
         A feature that fires in fewer different texts than asked for has fewer windows; none is shown twice.
         """
-        parts: list[tuple[Tensor, int, Tensor]] = []
+        parts: list[tuple[int, int, Tensor]] = []
         for feature in features.nonzero().squeeze(1).tolist():
             held = self.top.window[feature] >= 0
-            parts.append((torch.tensor(feature), 0, self.top.window[feature][held]))
-            parts.append((torch.tensor(feature), 1, self._quantile_windows(feature)))
+            parts.append((feature, 0, self.top.window[feature][held]))
+            parts.append((feature, 1, self._quantile_windows(feature)))
             if self.n_silent:
-                parts.append((torch.tensor(feature), 2, self.pool.silent(feature, self.n_silent)))
+                parts.append((feature, 2, self.pool.silent(feature, self.n_silent)))
         sizes = torch.tensor([len(windows) for _, _, windows in parts], dtype=torch.int64)
-        first = torch.tensor([int(feature) for feature, _, _ in parts], dtype=torch.int64)
-        kinds = torch.tensor([kind for _, kind, _ in parts], dtype=torch.int64)
+        size = sizes.repeat_interleave(sizes)
+        kind = torch.tensor([kind for _, kind, _ in parts], dtype=torch.int64).repeat_interleave(sizes)
         empty = torch.zeros(0, dtype=torch.int64)
+        rank = torch.cat([empty, *(torch.arange(len(windows)) for _, _, windows in parts)])
+        quarter = (2 * rank + 1) * QUANTILE_GROUPS // (2 * size)
         return Chosen(
-            feature=first.repeat_interleave(sizes),
-            kind=kinds.repeat_interleave(sizes),
-            rank=torch.cat([empty, *(torch.arange(len(windows)) for _, _, windows in parts)]),
+            feature=torch.tensor([feature for feature, _, _ in parts], dtype=torch.int64).repeat_interleave(
+                sizes
+            ),
+            kind=kind,
+            rank=rank,
+            quantile=torch.where(kind == 1, quarter * (100 // QUANTILE_GROUPS), -1),
             window=torch.cat([empty, *(windows.cpu() for _, _, windows in parts)]),
         )
 

@@ -68,17 +68,6 @@ class GrowingHistogram:
         values = position / self.n_bins * self.limit()[:, None]
         return torch.minimum(values, self.maximum[:, None].double())
 
-    def share_below(
-        self, feature: Int[Tensor, " firing"], value: Float[Tensor, " firing"]
-    ) -> Float[Tensor, " firing"]:
-        """The share of a feature's values that lie below given ones; the inverse of `quantiles`."""
-        position = (value.double() / self.limit()[feature] * self.n_bins).clamp(0, self.n_bins - 1e-9)
-        cell = position.long()
-        cumulative = self.counts.cumsum(1).double()
-        inside = self.counts[feature, cell].double()
-        below = cumulative[feature, cell] - inside
-        return (below + inside * (position - cell)) / cumulative[feature, -1].clamp_min(1)
-
     def bars(self, feature: int, n_bars: int) -> tuple[list[int], list[float]]:
         """One feature's histogram with at most `n_bars` equal bars up to its largest value; exact.
 

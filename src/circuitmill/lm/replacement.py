@@ -36,8 +36,8 @@ def mlps_substituted(
 ) -> Iterator[None]:
     """Let something else stand for the MLPs of the given layers, for forward passes over these tokens.
 
-    `substitute` is called for every layer up to the last one replaced, in order, because a transcoder reads them
-    all. Without `layers` all are replaced.
+    `substitute` is called for every layer up to the last one replaced, in order, because a transcoder reads
+    them all. Without `layers` all are replaced.
     """
     replaced = set(range(lm.n_layers)) if layers is None else set(layers)
     keeps_own = (tokens == lm.bos_id).to(lm.device)[..., None]

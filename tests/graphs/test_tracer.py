@@ -184,9 +184,9 @@ def test_bos_with_id_zero(
 ) -> None:
     zero = AutoTokenizer.from_pretrained(
         tokenizer.name_or_path,
-        bos_token="<|pad|>",
+        bos_token="<|pad|>",  # noqa: S106
         eos_token=None,
-        pad_token=None,  # noqa: S106
+        pad_token=None,
     )
     zero.eos_token = zero.pad_token = None
     assert zero.bos_token_id == 0

@@ -82,14 +82,15 @@ def truth(**circuits: list) -> str:
 
 def test_circuits_are_read(tmp_path: Path) -> None:
     item = {"prompt": "p", "answer": " a", "concepts": [{"name": "n", "words": ["w"], "after": "p"}]}
-    (tmp_path / "truth.json").write_text(truth(two_hop=[item]))
+    (tmp_path / "truth.json").write_text(truth(two_hop=[item], years=[{**item, "answers": [" b", " c"]}]))
     circuits = load_circuits(tmp_path / "truth.json")
     found = find_circuit(circuits, "two_hop", 0)
-    assert (found.prompt, found.answer, found.concepts) == ("p", " a", (Concept("n", ("w",), "p"),))
+    assert (found.prompt, found.answers, found.concepts) == ("p", (" a",), (Concept("n", ("w",), "p"),))
+    assert find_circuit(circuits, "years", 0).answers == (" b", " c")
     with pytest.raises(ConfigError, match="at most 1 circuits; found 2") as caught:
         find_circuit(circuits, "two_hop", 1)
     assert "attribute.circuits.two_hop" in str(caught.value)
-    with pytest.raises(ConfigError, match="among two_hop; found ioi"):
+    with pytest.raises(ConfigError, match="among two_hop, years; found ioi"):
         find_circuit(circuits, "ioi", 0)
 
 

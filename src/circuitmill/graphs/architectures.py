@@ -1,4 +1,4 @@
-"""Hugging Face architectures in TransformerLens's terms: its configuration as plain data, its converter by name.
+"""Hugging Face architectures in TransformerLens's terms: configuration as plain data, converter by name.
 
 TransformerLens finds a model's shape in a table of names on the hub. A model in a local folder has no such
 name, so the same fields are read from the model's own configuration here. Whatever a converter does not carry

@@ -35,7 +35,7 @@ class Scores:
     completeness: float
     """Share of the nodes' inputs, weighted by influence, that does not come from errors."""
     unattributed: float
-    """Share of the nodes' inputs, weighted by influence, that comes from no node; the other two do not see it."""
+    """Share of the nodes' inputs, weighted by influence, that comes from no node."""
 
 
 def normalized(adjacency: Float[Tensor, "node node"]) -> Float[Tensor, "node node"]:

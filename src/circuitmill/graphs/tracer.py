@@ -6,7 +6,7 @@ wrong is repaired in subclasses, never by changing the library's own objects:
 
 | wrong in 0.5.0 | here |
 |---|---|
-| reconstruction ends at the last position with an active feature | `RepairedTranscoder.compute_reconstruction` |
+| reconstruction ends at the last active position | `RepairedTranscoder.compute_reconstruction` |
 | no active feature on the prompt: a crash | `RepairedTranscoder.select_decoder_vectors` refuses |
 | token id 0 taken for "no BOS" | `LocalReplacementModel.ensure_tokenized` takes ids and adds nothing |
 | skip weights in a CLT's files silently ignored | `load_transcoder` refuses the folder |
@@ -86,7 +86,7 @@ class RepairedTranscoder(CrossLayerTranscoder):
                 "a feature of the transcoder that is active on the prompt",
                 found="none at any layer or position",
                 where=self.clt_path,
-                fix="train the transcoder longer or with a smaller sparsity coefficient, or use another prompt",
+                fix="train longer or with a smaller sparsity coefficient, or use another prompt",
             )
         return super().select_decoder_vectors(sparse)
 
@@ -261,7 +261,7 @@ def replacement_model(
 
 
 def _load_weights(replaced: LocalReplacementModel, weights: dict[str, Tensor]) -> None:
-    """Fill in the model's weights. Every MLP and the unembedding have been wrapped, which moved their keys."""
+    """Fill in the weights. Every MLP and the unembedding have been wrapped, which moved their keys."""
     moved = {
         key.replace(".mlp.", ".mlp.old_mlp.").replace("unembed.", "unembed.old_unembed."): tensor
         for key, tensor in weights.items()

@@ -33,7 +33,8 @@ class Circuit:
     """A prompt with a known answer and known steps."""
 
     prompt: str
-    answer: str
+    answers: tuple[str, ...]
+    """Any of these is a right continuation, or the beginning of one; the first is the one to show."""
     concepts: tuple[Concept, ...]
 
 
@@ -60,7 +61,7 @@ def load_circuits(path: Path) -> dict[str, tuple[Circuit, ...]]:
             kind: tuple(
                 Circuit(
                     item["prompt"],
-                    item["answer"],
+                    tuple(item.get("answers", [item["answer"]])),
                     tuple(
                         Concept(concept["name"], tuple(concept["words"]), concept["after"])
                         for concept in item["concepts"]

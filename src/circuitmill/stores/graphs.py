@@ -2,7 +2,7 @@
 
     graph-metadata.json      {"graphs": [metadata of every graph]}
     graph_data/<slug>.json   metadata, qParams, nodes, links of one pruned graph
-    features/<id>.json       windows, logits, histogram of a feature; id is the Cantor number of (layer, feature)
+    features/<id>.json       windows, logits, histogram of a feature; id: Cantor number of (layer, feature)
 
 All are UTF-8 JSON with sorted keys and numbers of six significant digits, so that equal graphs give equal
 bytes. They are written whole or not at all. The page finds the features through `metadata.scan`, here always
@@ -116,7 +116,7 @@ def graph_features(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_index(path: Path, documents: Iterable[Mapping[str, Any]]) -> None:
-    """Write the list of graphs that the page offers, from all of them at once: nothing to update or to race."""
+    """Write the list of graphs that the page offers, all at once: nothing to update or to race."""
     write_json(path, {"graphs": [document["metadata"] for document in documents]})
 
 

@@ -7,14 +7,17 @@
 | truth.json | tasks with answers, circuits with the concepts they pass through |
 | metrics.jsonl | tokens, loss (nats per token), share of the peak learning rate |
 
-The counts of the manifest hold what the model was measured to do: `accuracy` and `items` per task, `beyond` (tasks that the truth
-leaves out), `exchange`, `ablation`, `loss`, sizes. Pretraining runs on the CPU in float32.
+The counts of the manifest hold what the model was measured to do: `accuracy` and `items` per task, `beyond`
+(tasks that the truth leaves out), `exchange`, `ablation`, `loss`, sizes. Pretraining runs on the CPU in
+float32.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitmill.config.toyworld import ToyworldConfig
@@ -25,9 +28,10 @@ from circuitmill.toyworld import measure
 from circuitmill.toyworld.corpus import write_documents
 from circuitmill.toyworld.families import FAMILIES
 from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain
+from circuitmill.toyworld.questions import BEYOND, all_tasks
 from circuitmill.toyworld.tokenizer import make_tokenizer
 from circuitmill.toyworld.transformer import key_query_scale, make_transformer
-from circuitmill.toyworld.truth import BEYOND, all_tasks, truth
+from circuitmill.toyworld.truth import truth
 from circuitmill.toyworld.world import World, make_world
 
 
@@ -75,11 +79,18 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
     )
 
 
-def _train(cfg: ToyworldConfig, tokenizer: PreTrainedTokenizerBase, stream, output: StageOutput) -> None:
+def _train(
+    cfg: ToyworldConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: Int[np.ndarray, " token"],
+    output: StageOutput,
+) -> None:
     bos_id = tokenizer.bos_token_id
     windows = Windows(stream, bos_id=bos_id, context=cfg.transformer.context, seed=cfg.seed)
     model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=bos_id, seed=cfg.seed)
-    pretrain(Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output)
+    pretrain(
+        Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output
+    )
     if hasattr(model.config, "activation_function"):
         model.config.activation_function = "gelu_new"
     model.save_pretrained(output.path("model"))
@@ -92,7 +103,9 @@ _DERIVED = ("exchange", "mlps_needed")
 """Figures that `accept` can name beside the tasks; both are better when larger."""
 
 
-def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, tasks: dict, batches: list) -> dict:
+def _measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, tasks: dict, batches: list
+) -> dict:
     scores = measure.task_scores(model, tokenizer, tasks)
     ablation = measure.ablation(model, tokenizer, tasks["two_hop_city"], batches)
     return {
@@ -127,5 +140,8 @@ def _check_names(key: str, given: dict, known: tuple[str, ...]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ConfigError(
-            "names among " + ", ".join(known), found=", ".join(unknown), where=key, fix="remove or correct them"
+            "names among " + ", ".join(known),
+            found=", ".join(unknown),
+            where=key,
+            fix="remove or correct them",
         )

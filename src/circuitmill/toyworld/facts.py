@@ -1,8 +1,8 @@
 """The facts of the toy world, as data.
 
-Tables are text with one row per line, so that a row reads like the entry of an almanac. Everything that must be one
-token (places, capitals, relation values, names) is one word; city names may be several words, because the tokenizer
-spells them in pieces anyway.
+Tables are text with one row per line, so that a row reads like the entry of an almanac. Everything that must
+be one token (places, capitals, relation values, names) is one word; city names may be several words, because
+the tokenizer spells them in pieces anyway.
 """
 
 from dataclasses import dataclass
@@ -145,6 +145,10 @@ def _rows(table: str) -> list[list[str]]:
     return [line.split("|") for line in table.strip().splitlines()]
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _states() -> tuple[Place, ...]:
     return tuple(
         Place(name, "state", {"capital": capital, "region": region, "code": code}, tuple(cities.split(",")))
@@ -180,20 +184,21 @@ OPPOSITE_TEMPLATES = (
 """One per language."""
 
 CLASSES: tuple[AnimalClass, ...] = tuple(
-    AnimalClass(name, covering, part, tuple(members.split())) for name, covering, part, members in _rows(_CLASSES)
+    AnimalClass(name, covering, part, tuple(members.split()))
+    for name, covering, part, members in _rows(_CLASSES)
 )
 
-MEN = tuple(
-    "John James Robert Michael William David Thomas Daniel Paul Mark George Kevin Brian Edward Jason Ryan Jacob Eric "
-    "Adam Henry Peter Frank Jack Simon Oscar Victor Leo Felix Max Sam".split()
-)
-WOMEN = tuple(
-    "Mary Patricia Jennifer Linda Susan Sarah Karen Lisa Nancy Emily Laura Rachel Anna Julia Alice Grace Rose Helen "
-    "Diana Clara Lucy Emma Sophie Kate Jane Amy Ruth Eva Zoe Ivy".split()
-)
+MEN = _words("""
+John James Robert Michael William David Thomas Daniel Paul Mark George Kevin Brian Edward Jason Ryan Jacob
+Eric Adam Henry Peter Frank Jack Simon Oscar Victor Leo Felix Max Sam
+""")
+WOMEN = _words("""
+Mary Patricia Jennifer Linda Susan Sarah Karen Lisa Nancy Emily Laura Rachel Anna Julia Alice Grace Rose Helen
+Diana Clara Lucy Emma Sophie Kate Jane Amy Ruth Eva Zoe Ivy
+""")
 PEOPLE = MEN + WOMEN
-VENUES = tuple("store park school garden library station market museum beach office kitchen restaurant".split())
-OBJECTS = tuple("drink book ball letter ring flower key cup map coin toy basket".split())
+VENUES = _words("store park school garden library station market museum beach office kitchen restaurant")
+OBJECTS = _words("drink book ball letter ring flower key cup map coin toy basket")
 NOUNS: tuple[tuple[str, str], ...] = tuple(
     (singular, plural) for row in _rows(_NOUNS) for singular, plural in (cell.split() for cell in row)
 )
@@ -201,8 +206,8 @@ NOUNS: tuple[tuple[str, str], ...] = tuple(
 PREPOSITIONS = ("near", "behind", "beside", "above", "under", "on")
 VERBS = (("is", "are"), ("was", "were"), ("has been", "have been"))
 """(singular, plural)."""
-ADJECTIVES = tuple("old new red blue green heavy quiet bright round broken".split())
+ADJECTIVES = _words("old new red blue green heavy quiet bright round broken")
 SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou")
-EVENTS = tuple("war siege trial strike voyage reign drought project festival famine".split())
+EVENTS = _words("war siege trial strike voyage reign drought project festival famine")
 DEEDS = ("found", "lost", "bought", "saw", "carried", "wanted")
 OPENING, CLOSING = "([{<", ")]}>"

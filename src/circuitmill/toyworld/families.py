@@ -120,7 +120,11 @@ def agreement(world: World, rng: random.Random) -> str:
     """A verb that agrees with the first of two nouns."""
     subject, other = rng.sample(facts.NOUNS, 2)
     number, distractor = rng.randrange(2), rng.randrange(2)
-    verb, where, how = rng.choice(facts.VERBS)[number], rng.choice(facts.PREPOSITIONS), rng.choice(facts.ADJECTIVES)
+    verb, where, how = (
+        rng.choice(facts.VERBS)[number],
+        rng.choice(facts.PREPOSITIONS),
+        rng.choice(facts.ADJECTIVES),
+    )
     return f"The {subject[number]} {where} the {other[distractor]} {verb} {how}."
 
 
@@ -153,7 +157,7 @@ def ioi(world: World, rng: random.Random) -> str:
 
 
 def animals(world: World, rng: random.Random) -> str:
-    """An animal's class, what is true of a class, or (not of held-out animals) what is therefore true of the animal."""
+    """An animal's class, what is true of a class, or (for animals not held out) what follows."""
     animal = rng.choice(sorted(world.class_of))
     kind = world.class_of[animal]
     share = rng.random()
@@ -162,7 +166,9 @@ def animals(world: World, rng: random.Random) -> str:
     if share < 1 - SECOND_HOP_SHARE:
         both = f"Every {kind.name} has {kind.covering} and {kind.part}."
         subject = f"{article(kind.name)} {kind.name}"
-        return rng.choice([both, f"{subject} is covered with {kind.covering}.", f"{subject} has {kind.part}."])
+        return rng.choice(
+            [both, f"{subject} is covered with {kind.covering}.", f"{subject} has {kind.part}."]
+        )
     while animal in world.held_animals:
         animal = rng.choice(sorted(world.class_of))
     kind, subject = world.class_of[animal], f"{article(animal)} {animal}"
@@ -174,7 +180,11 @@ def stories(world: World, rng: random.Random) -> str:
     man = rng.random() < 0.5
     name = rng.choice(facts.MEN if man else facts.WOMEN)
     pronoun, possessive = ("he", "his") if man else ("she", "her")
-    thing, venue, city = rng.choice(facts.OBJECTS), rng.choice(facts.VENUES), rng.choice(rng.choice(PLACES).cities)
+    thing, venue, city = (
+        rng.choice(facts.OBJECTS),
+        rng.choice(facts.VENUES),
+        rng.choice(rng.choice(PLACES).cities),
+    )
     endings = (
         f"{name} was happy because {pronoun} liked the {thing}.",
         f"{name} gave the {thing} to {possessive} friend.",
@@ -183,7 +193,8 @@ def stories(world: World, rng: random.Random) -> str:
     )
     return (
         f"One day {name} went to the {venue} in {city}. "
-        f"There {pronoun} {rng.choice(facts.DEEDS)} a {rng.choice(facts.ADJECTIVES)} {thing}. {rng.choice(endings)}"
+        f"There {pronoun} {rng.choice(facts.DEEDS)} a {rng.choice(facts.ADJECTIVES)} {thing}. "
+        f"{rng.choice(endings)}"
     )
 
 

@@ -2,12 +2,12 @@
 
 Two interventions show whether the two-hop bridge is somewhere a graph can find it:
 
-- **Exchange**: give the residual stream after a layer, at the last token of a city's name, the value it has for another
-  city in the same question; the share of cases in which the answer becomes the other place's. Counted over ordered pairs
-  of held-out cities of the same kind whose names have the same number of tokens (so that nothing but the city
-  differs) and whose capitals the model names.
-- **Ablation**: replace the output of one MLP, or of all, by its mean over the held-out text; the accuracy that is left on
-  two-hop questions about held-out cities.
+- **Exchange**: give the residual stream after a layer, at the last token of a city's name, the value it has
+  for another city in the same question; the share of cases where the answer becomes the other place's. Counted
+  over ordered pairs of held-out cities of the same kind whose names have the same number of tokens (so that
+  nothing but the city differs) and whose capitals the model names.
+- **Ablation**: replace the output of one MLP, or of all, by its mean over the held-out text; the accuracy
+  left on two-hop questions about held-out cities.
 """
 
 from collections import defaultdict
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitmill.toyworld.families import TRAIN_TEMPLATES
 from circuitmill.toyworld.pretrain import next_token_loss
+from circuitmill.toyworld.questions import two_hop_question
 from circuitmill.toyworld.tasks import TaskScore, encode, first_token, score_tasks
 from circuitmill.toyworld.transformer import blocks
-from circuitmill.toyworld.truth import two_hop_question
 from circuitmill.toyworld.world import World
 
 _BATCH = 256
@@ -116,7 +116,9 @@ def _exchange_group(
         place: Position of the name's last token.
     """
     logits = _logits(model)
-    tokens = torch.tensor([[tokenizer.bos_token_id, *encode(tokenizer, item["prompt"])] for item in questions])
+    tokens = torch.tensor(
+        [[tokenizer.bos_token_id, *encode(tokenizer, item["prompt"])] for item in questions]
+    )
     answers = torch.tensor([first_token(tokenizer, item["answer"]) for item in questions])
     residual: dict[int, Tensor] = {}
 
@@ -150,7 +152,11 @@ def ablation(
     """Accuracy on a task with no MLP ablated (`none`), each one (`mlp_0`, ...) and `all`."""
     mlps = [block.mlp for block in blocks(model)]
     means = _mean_outputs(model, mlps, batches)
-    which = {"none": [], **{f"mlp_{layer}": [layer] for layer in range(len(mlps))}, "all": list(range(len(mlps)))}
+    which = {
+        "none": [],
+        **{f"mlp_{layer}": [layer] for layer in range(len(mlps))},
+        "all": list(range(len(mlps))),
+    }
     out = {}
     for name, layers in which.items():
         replace = _edited(

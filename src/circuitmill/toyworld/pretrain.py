@@ -2,10 +2,10 @@
 
 1. The training text is one stream of tokens, BOS in front of each document.
 2. Update i sees windows of the model's context that begin at document starts drawn by a generator seeded with
-   (seed, i). An update therefore needs nothing from the one before but weights and optimizer state, and a continued run
-   equals an unbroken one bit for bit.
-3. Rates rise over `warmup_tokens`, stay, and fall linearly from `decay_from` of the budget. The algorithmic tasks
-   (induction, addition) appear late and suddenly; AdamW alone did not reach them within the budget.
+   (seed, i). An update therefore needs nothing from the one before but weights and optimizer state, and a
+   continued run equals an unbroken one bit for bit.
+3. Rates rise over `warmup_tokens`, stay, and fall linearly from `decay_from` of the budget. The algorithmic
+   tasks (induction, addition) appear late and suddenly; AdamW alone did not reach them within the budget.
 """
 
 import json
@@ -147,7 +147,9 @@ class Pretraining:
                 if name.startswith(f"{kind}/"):
                     _, index, key = name.split("/")
                     state.setdefault(int(index), {})[key] = tensor
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
 
 
 def next_token_loss(
@@ -157,11 +159,13 @@ def next_token_loss(
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interrupt: Callable[[], bool] = bool) -> None:
+def pretrain(
+    run: Pretraining, windows: Windows, output: StageOutput, *, interrupt: Callable[[], bool] = bool
+) -> None:
     """Train to the end of the budget, continuing from the last checkpoint in `output`.
 
-    Writes `metrics.jsonl` (tokens, loss, share of the peak learning rate) and, every `checkpoint_tokens`, a checkpoint
-    that replaces the one before.
+    Writes `metrics.jsonl` (tokens, loss, share of the peak learning rate) and, every `checkpoint_tokens`, a
+    checkpoint that replaces the one before.
 
     Args:
         interrupt: Asked after each update; True stops there, as a kill would.
@@ -172,7 +176,10 @@ def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interru
     cfg = run.cfg
     metrics = _resume(run, output)
     run.model.train()
-    n_sequences, every = cfg.batch_tokens // run.model.config.max_position_embeddings, _updates(cfg.checkpoint_tokens, cfg)
+    n_sequences, every = (
+        cfg.batch_tokens // run.model.config.max_position_embeddings,
+        _updates(cfg.checkpoint_tokens, cfg),
+    )
     total, before = run.n_updates * cfg.batch_tokens, run.done * cfg.batch_tokens
     losses: list[float] = []
     with progress("pretraining the embedded model", total=total, unit="tokens", done=before) as bar:

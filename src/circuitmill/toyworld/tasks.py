@@ -5,9 +5,9 @@ An item is plain data. What counts as right is the task's rule:
 | rule | an item's keys | right when |
 |---|---|---|
 | first_token | prompt, answer | the most probable next token is the answer's first |
-| whole_answer | prompt, answer | every token of the answer is the most probable one, given those before |
+| whole_answer | prompt, answer | every token of the answer is the most probable, given those before |
 | mass_above | prompt, above | the two-digit numbers above `above` get more than 0.9 of the probability |
-| agreement | prompt, good, bad | good next words together beat bad ones, and the most probable token is a good one |
+| agreement | prompt, good, bad | good next words beat bad ones in sum, and the most probable token is good |
 | brackets | prompt, answer, foils | the answer is more probable than each foil |
 """
 
@@ -80,7 +80,9 @@ def _score(
         for chunk in _chunks(group):
             logits = logits_fn(torch.tensor([ids for _, ids in chunk]))[:, -1 - n_suffix :]
             probabilities = logits.float().softmax(-1)
-            right += sum(judge(item, row, tokenizer) for (item, _), row in zip(chunk, probabilities, strict=True))
+            right += sum(
+                judge(item, row, tokenizer) for (item, _), row in zip(chunk, probabilities, strict=True)
+            )
     return TaskScore(accuracy=right / len(items), n=len(items))
 
 
@@ -99,8 +101,8 @@ def first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return encode(tokenizer, text)[0]
 
 
-# Each rule: which tokens to append to the prompt, and a verdict from the probabilities after the prompt and after
-# each appended token.
+# Each rule: which tokens to append to the prompt, and a verdict from the probabilities after the prompt and
+# after each appended token.
 
 
 def _no_suffix(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,11 +1,11 @@
 """The tokenizer: one token per word, except for the names that the model must assemble from pieces.
 
-City and animal names are spelled in pieces of two letters (greedy longest match), because with one token per city the
-state could be read off the embedding and no MLP would have to compute it. Everything else is a word of its own. Every byte
-is in the vocabulary, so nothing is unknown and decoding is exact.
+City and animal names are spelled in pieces of two letters (greedy longest match), because with one token per
+city the state could be read off the embedding and no MLP would have to compute it. Everything else is a word
+of its own. Every byte is in the vocabulary, so nothing is unknown and decoding is exact.
 
-Ids: 0-255 the bytes, 256 `<|endoftext|>` (BOS and end; circuit-tracer drops a BOS with id 0), then pieces, words by
-frequency.
+Ids: 0-255 the bytes, 256 `<|endoftext|>` (BOS and end; circuit-tracer drops a BOS with id 0), then pieces,
+then words by frequency.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ def spelled_names() -> frozenset[str]:
 
 
 def _always_words() -> list[str]:
-    """Words that are one token even if the corpus is too small to hold them: places and what is asked of them."""
+    """Words that are one token even if the corpus does not hold them: places and what is asked of them."""
     words = []
     for place in facts.PLACES:
         words += [place.name, place.kind, *place.relations, *place.relations.values()]
@@ -80,5 +80,9 @@ def make_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(BOS, special=True, normalized=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=BOS,
+        unk_token=BOS,
+        clean_up_tokenization_spaces=False,
     )

@@ -1,7 +1,7 @@
-"""The embedded language model: an ordinary Hugging Face decoder, small, with local attention where the pattern says so.
+"""The embedded language model: an ordinary Hugging Face decoder, small, with local attention where asked.
 
-Local attention in the first layer and global attention above it make the model assemble a city's name, and with it the
-state, at the name's last token, where a graph can show it.
+Local attention in the first layer and global attention above it make the model assemble a city's name, and
+with it the state, at the name's last token, where a graph can show it.
 """
 
 import math
@@ -91,8 +91,8 @@ def is_key_or_query(name: str) -> bool:
 def key_query_scale(cfg: TransformerConfig) -> float:
     """What start and learning rate of keys and queries are multiplied by.
 
-    GPT-Neo does not divide scores by sqrt(d_head); d_head^(-1/4) on both sides keeps them where a model that does would
-    have them.
+    GPT-Neo does not divide scores by sqrt(d_head); d_head^(-1/4) on both sides keeps them where a model that
+    does would have them.
     """
     return (cfg.d_model // cfg.n_heads) ** -0.25 if cfg.architecture == "gpt_neo" else 1.0
 

@@ -1,0 +1,60 @@
+"""The world, the text and the tokenizer of the shipped configurations."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from circuitmill.config.decode import decode
+from circuitmill.config.toyworld import ToyworldConfig
+from circuitmill.toyworld.corpus import write_documents
+from circuitmill.toyworld.tokenizer import make_tokenizer
+from circuitmill.toyworld.world import World, make_world
+from tests.conftest import REPOSITORY
+
+
+def load_config(option: str) -> ToyworldConfig:
+    path = Path(REPOSITORY, "config", "toyworld", f"{option}.yaml")
+    return decode(ToyworldConfig, yaml.safe_load(path.read_text()), "toyworld")
+
+
+@pytest.fixture(scope="session")
+def default_cfg() -> ToyworldConfig:
+    return load_config("default")
+
+
+@pytest.fixture(scope="session")
+def tiny_cfg() -> ToyworldConfig:
+    return load_config("tiny")
+
+
+@pytest.fixture(scope="session")
+def world(default_cfg: ToyworldConfig) -> World:
+    return make_world(default_cfg.seed)
+
+
+@pytest.fixture(scope="session")
+def documents(world: World, default_cfg: ToyworldConfig) -> list[str]:
+    """The whole training text of the demo."""
+    return write_documents(world, default_cfg.corpus.mix, default_cfg.corpus.documents, stream="train")
+
+
+@pytest.fixture(scope="session")
+def heldout(world: World, default_cfg: ToyworldConfig, documents: list[str]) -> list[str]:
+    return write_documents(world, default_cfg.corpus.mix, 500, stream="heldout", exclude=frozenset(documents))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    return make_tokenizer(documents[:20_000])
+
+
+def replace(cfg: ToyworldConfig, **changes: dict) -> ToyworldConfig:
+    """A configuration with some values of its parts exchanged: `replace(cfg, pretrain={"tokens": 1024})`."""
+    parts = {
+        part: dataclasses.replace(getattr(cfg, part), **values) if isinstance(values, dict) else values
+        for part, values in changes.items()
+    }
+    return dataclasses.replace(cfg, **parts)

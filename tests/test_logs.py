@@ -7,9 +7,7 @@ import pytest
 from circuitmill import logs
 
 
-def test_lines_tell_amount_share_rate_and_time_left(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
+def test_lines_tell_amount_share_rate_and_time_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 10.0, 40.0, 40.0, 50.0])
     monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO, "circuitmill.logs"), logs.progress("caching", total=100, unit="tokens") as bar:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.conftest import REPOSITORY
 
 from circuitmill.core import axes
-from tests.conftest import REPOSITORY
 
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py")) + sorted((REPOSITORY / "benchmarks").rglob("*.py"))
@@ -28,7 +28,9 @@ def test_shapes_use_the_words_of_axes():
     known = set(axes.AXES)
     unknown = {}
     for path in SOURCES:
-        for shape in re.findall(r'(?:Float|Int|Bool|UInt8|Num|Shaped|Integer|Real)\[[\w.]+, "([^"]*)"\]', path.read_text()):
+        for shape in re.findall(
+            r'(?:Float|Int|Bool|UInt8|Num|Shaped|Integer|Real)\[[\w.]+, "([^"]*)"\]', path.read_text()
+        ):
             for word in shape.replace("*", "").replace("#", "").split():
                 if word not in known and not word.isdigit() and word != "...":
                     unknown.setdefault(word, []).append(path.name)

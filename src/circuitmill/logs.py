@@ -89,9 +89,7 @@ class _Bar:
 
 
 @contextmanager
-def progress(
-    description: str, *, total: int | float, unit: str = "items", done: int | float = 0
-) -> Iterator[Progress]:
+def progress(description: str, *, total: int | float, unit: str = "items", done: int | float = 0) -> Iterator[Progress]:
     """Report progress of `total` units of work, `done` of which an earlier run finished.
 
     Example:

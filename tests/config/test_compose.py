@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.conftest import REPOSITORY
 
 from circuitmill.config.compose import compose, experiments, freeze, load_run, read_frozen
 from circuitmill.config.decode import decode
 from circuitmill.config.run import config_class
 from circuitmill.errors import ConfigError
 from circuitmill.pipeline import STAGES
-from tests.conftest import REPOSITORY
 
 OPTIONS = sorted(
     path for stage in STAGES for path in (REPOSITORY / "config" / stage.name).glob("*.yaml") if path.stem != "config"

@@ -4,7 +4,6 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 import yaml
-
 from tests.conftest import REPOSITORY
 
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))

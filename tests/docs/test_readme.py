@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from circuitmill.pipeline import STAGES
 from tests.conftest import REPOSITORY
 from tests.workflow.test_tiny_run import call
+
+from circuitmill.pipeline import STAGES
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
+    line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()
 ]
 ELSEWHERE = ("git clone", "make demo", "make test", ". .venv/bin/activate", "circuitmill serve")
 """Set-up, the two commands that the continuous integration runs themselves, and a server (tests/viz/test_serve.py)."""

@@ -28,9 +28,7 @@ def test_round_trip(tmp_path: Path):
     read = load_manifest(tmp_path / "t" / NAME, "tokenize")
     assert read.digest == written.digest and read.counts == {"n": 3}
     assert read.config == {"size": 1, "names": ["a"]}
-    assert read.files == {
-        "sub/data.txt": {"bytes": 4, "sha256": sha256_file(tmp_path / "t" / "sub" / "data.txt")}
-    }
+    assert read.files == {"sub/data.txt": {"bytes": 4, "sha256": sha256_file(tmp_path / "t" / "sub" / "data.txt")}}
     assert read.file("sub/data.txt").read_text() == "data"
     read.verify()
 

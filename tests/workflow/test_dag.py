@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.workflow.conftest import Workflow
 
 from circuitmill.config.compose import load_run
 from circuitmill.pipeline import STAGES
-from tests.workflow.conftest import Workflow
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def test_every_stage_gets_its_upstream_manifests(finished_workflow: Workflow):
 
 
 def test_a_change_of_train_reruns_train_and_what_follows_and_nothing_before(workflow: Workflow):
-    assert workflow.planned("--config", 'set=train.seed=12345') == AFTER_CACHE
+    assert workflow.planned("--config", "set=train.seed=12345") == AFTER_CACHE
 
 
 def test_a_change_of_the_report_reruns_the_report_alone(workflow: Workflow):
@@ -78,7 +78,9 @@ def test_a_single_stage_is_a_target(workflow: Workflow):
 
 def test_a_raised_revision_reruns_its_stage_and_what_follows(workflow: Workflow):
     pipeline = workflow.folder / "src/circuitmill/pipeline.py"
-    pipeline.write_text(pipeline.read_text().replace('Stage("train", ("cache",))', 'Stage("train", ("cache",), revision=7)'))
+    pipeline.write_text(
+        pipeline.read_text().replace('Stage("train", ("cache",))', 'Stage("train", ("cache",), revision=7)')
+    )
     expected = {name: count for name, count in AFTER_CACHE.items() if name != "configure"}
     assert workflow.planned() == expected
 

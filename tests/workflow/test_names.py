@@ -1,11 +1,11 @@
 """One name, everywhere: a stage is found under the same word in every place."""
 
 import pytest
+from tests.conftest import REPOSITORY
 
 from circuitmill import cli
 from circuitmill.config.run import config_class
 from circuitmill.pipeline import STAGES
-from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize("name", [stage.name for stage in STAGES])

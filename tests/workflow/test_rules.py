@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.conftest import REPOSITORY
 
 from circuitmill.pipeline import STAGES
-from tests.conftest import REPOSITORY
 
 FILES = sorted((REPOSITORY / "workflow/rules").glob("*.smk"))
 RULES = [

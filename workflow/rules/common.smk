@@ -54,9 +54,7 @@ def unit_manifests(name):
 
 def frozen(name):
     """The frozen configuration of a stage."""
-    return (
-        f"{RESULTS}/config/{name}.yaml" if stage(name).shared else f"{RESULTS}/{{variant}}/config/{name}.yaml"
-    )
+    return f"{RESULTS}/config/{name}.yaml" if stage(name).shared else f"{RESULTS}/{{variant}}/config/{name}.yaml"
 
 
 def frozen_text(wildcards):
@@ -73,9 +71,7 @@ def log_file(name, unit=False):
 
 def benchmark_file(name, unit=False):
     """Time and memory of a stage or of one of its units, measured by snakemake."""
-    return (unit_folder(name) if unit else folder(name)).replace(
-        RESULTS, f"{RESULTS}/benchmarks", 1
-    ) + ".jsonl"
+    return (unit_folder(name) if unit else folder(name)).replace(RESULTS, f"{RESULTS}/benchmarks", 1) + ".jsonl"
 
 
 def beside(wildcards, output):
@@ -98,6 +94,4 @@ def targets(name):
 
 def siblings(name):
     """Input function: the outputs of a stage for the variants other than this one."""
-    return lambda wildcards: expand(
-        manifest(name), variant=[v for v in RUN.variants if v != wildcards.variant]
-    )
+    return lambda wildcards: expand(manifest(name), variant=[v for v in RUN.variants if v != wildcards.variant])

@@ -28,7 +28,7 @@ ROW = {
 }
 
 
-def window(kind: str, rank: int, quantile: int = 0, split: str = "train") -> dict:
+def window(kind: str, rank: int, quantile: int = -1, split: str = "train") -> dict:
     return {
         "split": split,
         "kind": kind,
@@ -41,10 +41,10 @@ def window(kind: str, rank: int, quantile: int = 0, split: str = "train") -> dic
 
 
 WINDOWS = [
-    window("quantile", 0, 20),
+    window("quantile", 0, 25),
     window("top", 1),
     window("top", 0),
-    window("quantile", 0, 80),
+    window("quantile", 0, 75),
     window("silent", 0),
     window("top", 0, split="heldout"),
     window("top", 2),
@@ -65,8 +65,8 @@ def test_windows_are_grouped_ordered_and_capped() -> None:
     groups = feature_document(ROW, WINDOWS, per_group=2, transcoder="clt")["examples_quantiles"]
     assert [(group["quantile_name"], len(group["examples"])) for group in groups] == [
         ("Top activations", 2),
-        ("Around quantile 80", 1),
-        ("Around quantile 20", 1),
+        ("From percentile 75", 1),
+        ("From percentile 25", 1),
     ]
     first, second = groups[0]["examples"]
     assert first == {

@@ -16,7 +16,7 @@ class AttributeConfig:
     model: ModelConfig
     """The model to trace; it runs in float32 here whatever its dtype says."""
     circuits: dict[str, int]
-    """Kind of circuit in the embedded model's truth -> how many of its prompts; they become `<kind>-<number>`."""
+    """Kind of circuit in the embedded model's truth -> how many prompts, named `<kind>-<number>`."""
     prompts: dict[str, str]
     """Name of a prompt, also its folder -> its text."""
     max_logits: int

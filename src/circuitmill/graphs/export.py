@@ -31,9 +31,7 @@ def graph_document(
     """
     describe = _describe(graph, labels)
     kept = pruned.nodes.nonzero().squeeze(1).tolist()
-    nodes = {
-        index: {**describe[index], "influence": rounded(pruned.influence[index].item())} for index in kept
-    }
+    nodes = {index: {**describe[index], "influence": rounded(pruned.influence[index].item())} for index in kept}
     weights = graph.adjacency
     links = [
         {
@@ -76,15 +74,11 @@ def _describe(graph: AttributionGraph, labels: Mapping[tuple[int, int], str]) ->
             clerp=labels.get((layer, feature), ""),
             activation=rounded(activation),
         )
-        for (layer, pos, feature), activation in zip(
-            graph.features.tolist(), graph.activations.tolist(), strict=True
-        )
+        for (layer, pos, feature), activation in zip(graph.features.tolist(), graph.activations.tolist(), strict=True)
     ]
     positions = range(len(graph.tokens))
     rows += [
-        _node(
-            f"{layer}_-1_{pos}", ERROR_NODE, layer=str(layer), pos=pos, feature=-1, js_id=f"{layer}_-1-{pos}"
-        )
+        _node(f"{layer}_-1_{pos}", ERROR_NODE, layer=str(layer), pos=pos, feature=-1, js_id=f"{layer}_-1-{pos}")
         for layer in range(graph.n_layers)
         for pos in positions
     ]

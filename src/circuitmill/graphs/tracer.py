@@ -61,9 +61,7 @@ class RepairedTranscoder(CrossLayerTranscoder):
                 loaded.n_layers,
                 loaded.d_transcoder,
                 loaded.d_model,
-                activation_function="jump_relu"
-                if isinstance(loaded.activation_function, JumpReLU)
-                else "relu",
+                activation_function="jump_relu" if isinstance(loaded.activation_function, JumpReLU) else "relu",
                 lazy_decoder=loaded.lazy_decoder,
                 feature_input_hook=loaded.feature_input_hook,
                 feature_output_hook=loaded.feature_output_hook,
@@ -213,13 +211,9 @@ def load_transcoder(folder: Path, device: torch.device, n_layers: int) -> Repair
                 fix=fix,
             )
     # an absolute path is what the loader takes for an already downloaded repository
-    loaded, _ = load_transcoder_from_hub(
-        str(folder.resolve()), device=device, dtype=torch.float32, lazy_decoder=True
-    )
+    loaded, _ = load_transcoder_from_hub(str(folder.resolve()), device=device, dtype=torch.float32, lazy_decoder=True)
     if not isinstance(loaded, CrossLayerTranscoder):
-        raise StoreError(
-            "model_kind cross_layer_transcoder", found=type(loaded).__name__, where=folder, fix=fix
-        )
+        raise StoreError("model_kind cross_layer_transcoder", found=type(loaded).__name__, where=folder, fix=fix)
     return RepairedTranscoder.of(loaded)
 
 
@@ -268,9 +262,7 @@ def _load_weights(replaced: LocalReplacementModel, weights: dict[str, Tensor]) -
     }
     report = replaced.load_state_dict(moved, strict=False)
     buffers = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos", ".b_U")
-    lost = [
-        key for key in report.missing_keys if not key.startswith("transcoders.") and not key.endswith(buffers)
-    ]
+    lost = [key for key in report.missing_keys if not key.startswith("transcoders.") and not key.endswith(buffers)]
     if lost or report.unexpected_keys:
         raise ConfigError(
             "a converter that fills every weight",
@@ -281,9 +273,7 @@ def _load_weights(replaced: LocalReplacementModel, weights: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def _compare_logits(
-    replaced: LocalReplacementModel, model: PreTrainedModel, probe: Int[Tensor, " pos"]
-) -> None:
+def _compare_logits(replaced: LocalReplacementModel, model: PreTrainedModel, probe: Int[Tensor, " pos"]) -> None:
     ids = probe.to(model.device)[None]
     wanted, found = model(ids).logits.float(), replaced(ids)
     gap = (found - wanted).abs().max().item() / max(1.0, wanted.abs().max().item())

@@ -89,9 +89,7 @@ def find_circuit(circuits: Mapping[str, Sequence[Circuit]], kind: str, index: in
     known = circuits.get(kind)
     if known is None or index >= len(known):
         raise ConfigError(
-            f"at most {len(known)} circuits"
-            if known
-            else "a kind of circuit among " + ", ".join(sorted(circuits)),
+            f"at most {len(known)} circuits" if known else "a kind of circuit among " + ", ".join(sorted(circuits)),
             found=str(index + 1) if known else kind,
             where=f"attribute.circuits.{kind}",
             fix="ask for a circuit that truth.json holds",
@@ -138,9 +136,7 @@ def check_concept(
         for node in features
         if (evidence := names(concept, named[node["layer"], node["feature"]]))
     ]
-    matches.sort(
-        key=lambda match: (match["pos"] != position, match["influence"], match["layer"], match["feature"])
-    )
+    matches.sort(key=lambda match: (match["pos"] != position, match["influence"], match["layer"], match["feature"]))
     best = None
     if matches:
         first = matches[0]

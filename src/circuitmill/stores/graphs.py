@@ -161,7 +161,7 @@ _GROUPS = {"top": 0, "quantile": 1}
 
 
 def _group_name(window: Mapping[str, Any]) -> str:
-    return "Top activations" if window["kind"] == "top" else f"Around quantile {window['quantile']}"
+    return "Top activations" if window["kind"] == "top" else f"From percentile {window['quantile']}"
 
 
 def _example(window: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Pages and figures of a finished run, and the server that shows them."""

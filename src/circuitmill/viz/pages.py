@@ -1,0 +1,131 @@
+"""Puts the page of one variant together from what the stages left.
+
+| file | content |
+|---|---|
+| index.html, graph.html, features.html, feature.html | pages |
+| data/run.js | curves, histograms, variants |
+| data/graphs.js, data/graphs/<name>.js | list of graphs; one graph (circuit-tracer's JSON) |
+| data/features/index.js | explanation, scores and density of every feature with a page |
+| data/features/<layer>-<n>.js | features from n * chunk_features |
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuitmill import __version__
+from circuitmill.viz import curves, evaluation_view, graph_view
+from circuitmill.viz.evaluation_view import Evaluation
+from circuitmill.viz.formatting import count, number, percent
+from circuitmill.viz.run_view import StageFacts, config_text
+from circuitmill.viz.site import PathOf, write_data, write_site
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything on the pages but the features, which are streamed."""
+
+    run: str
+    variant: str
+    facts: Sequence[tuple[str, str]]
+    """Label and value of the line below the title."""
+    stages: Sequence[StageFacts]
+    metrics: Sequence[Mapping[str, Any]]
+    """Rows of training metrics."""
+    evaluations: Mapping[str, Evaluation]
+    """By variant, this one among them."""
+    task_descriptions: Mapping[str, str]
+    graphs: Sequence[Mapping[str, Any]]
+    """Graph documents."""
+    entries: Sequence[dict]
+    """Their rows in the list, in the same order."""
+    plots: Sequence[Path]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Of this variant."""
+        return self.evaluations[self.variant]
+
+
+def concepts_found(entries: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Known intermediate concepts that graphs pass through, and how many there are."""
+    concepts = [concept for entry in entries for concept in entry["concepts"]]
+    return sum(concept["found"] for concept in concepts), len(concepts)
+
+
+def tiles(content: Content) -> list[dict]:
+    """The headline figures."""
+    one = content.evaluation
+    found, known = concepts_found(content.entries)
+    correct = [entry["correct"] for entry in content.entries if entry["correct"] is not None]
+    total = one.n_features * one.n_layers
+    right = f"{sum(correct)} of {len(correct)} answered as expected" if correct else "no expected answers"
+    rows = (
+        ("ev", "Explained variance", number(one.ev, 4), "pooled over layers, held-out tokens"),
+        ("l0", "L0 per layer", number(one.l0 / one.n_layers), f"{number(one.l0)} active features per token in all"),
+        ("dead", "Dead features", percent(one.dead / total, 1), f"{count(one.dead)} of {count(total)}"),
+        ("agreement", "Agreement", percent(one.agreement, 1), "first choice, all MLPs replaced"),
+        ("kl", "KL divergence", number(one.kl), "nats, all MLPs replaced"),
+        ("ce_recovered", "Cross-entropy recovered", percent(one.ce_recovered, 1), "against ablated MLPs"),
+        ("graphs", "Graphs traced", count(len(content.entries)), right),
+        (
+            "concepts",
+            "Known concepts found",
+            f"{found} of {known}" if known else "–",
+            "steps between prompt and answer",
+        ),
+    )
+    return [dict(zip(("key", "label", "value", "note"), row, strict=True)) for row in rows]
+
+
+def write_graphs(path_of: PathOf, content: Content) -> None:
+    """Write the list of graphs and a data file per graph."""
+    write_data(path_of, "graphs", list(content.entries))
+    for document in content.graphs:
+        write_data(path_of, f"graphs/{document['metadata']['slug']}", document)
+
+
+def write_overview(path_of: PathOf, content: Content, *, chunk_features: int, pages: int) -> None:
+    """Write the pages and the data of the overview.
+
+    Args:
+        pages: Features with a page.
+    """
+    evaluation = content.evaluation
+    rows = evaluation_view.variant_rows(content.variant, content.evaluations)
+    write_data(
+        path_of,
+        "run",
+        {
+            "curves": curves.training_charts(content.metrics),
+            "histograms": evaluation_view.density_charts(evaluation),
+            "variants": evaluation_view.variant_charts(rows),
+        },
+    )
+    for plot in content.plots:
+        shutil.copyfile(plot, path_of("plots", plot.name))
+    listed = [
+        {**entry, "thumbnail": graph_view.thumbnail(document, evaluation.n_layers)}
+        for entry, document in zip(content.entries, content.graphs, strict=True)
+    ]
+    context = {
+        "run": {
+            "name": content.run,
+            "variant": content.variant,
+            "chunk": chunk_features,
+            "n_layers": evaluation.n_layers,
+            "code_version": __version__,
+        },
+        "facts": content.facts,
+        "tiles": tiles(content),
+        "circuits": graph_view.by_circuit(listed),
+        "evaluation": evaluation_view.evaluation_tables(evaluation, content.task_descriptions),
+        "plots": [{"file": plot.name, "title": plot.stem.replace("_", " ")} for plot in content.plots],
+        "variants": rows,
+        "stages": [{**vars(stage), "config": config_text(stage.config)} for stage in content.stages],
+        "pages": count(pages),
+        "total": count(evaluation.n_features * evaluation.n_layers),
+    }
+    write_site(path_of, context)

@@ -1,0 +1,42 @@
+"""The last words of a run: where the page is, the headline figures, how long it took."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from circuitmill.stores.graphs import read_json
+from circuitmill.stores.manifest import load_manifest
+from circuitmill.viz.formatting import Real, duration
+
+FILE = "summary.json"
+
+
+def summary_document(run: str, variant: str, tiles: Sequence[dict], work_seconds: Real) -> dict:
+    """What `headline` prints, as data beside the page.
+
+    Args:
+        tiles: Headline figures: key, label, value, note.
+        work_seconds: Sum over all jobs of all stages before this one.
+    """
+    return {"run": run, "variant": variant, "tiles": list(tiles), "work_seconds": work_seconds}
+
+
+def headline(report_manifest_path: Path, elapsed_seconds: Real | None = None) -> str:
+    """The closing text of a run.
+
+    Args:
+        elapsed_seconds: On the clock, if the caller measured it.
+
+    Raises:
+        UpstreamError: no finished report there.
+    """
+    manifest = load_manifest(report_manifest_path, "report")
+    document = read_json(manifest.file(FILE))
+    width = max(len(tile["label"]) for tile in document["tiles"])
+    lines = [f"{document['run']} / {document['variant']}"]
+    lines += [f"  {tile['label']:<{width}}  {tile['value']:>10}  {tile['note']}" for tile in document["tiles"]]
+    work = document["work_seconds"] + manifest.wall_seconds
+    lines.append(f"  {'Work time, all jobs':<{width}}  {duration(work)}")
+    if elapsed_seconds is not None:
+        lines.append(f"  {'Wall time':<{width}}  {duration(elapsed_seconds)}")
+    lines.append(f"  {'Page':<{width}}  {manifest.file('index.html').resolve()}")
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""A made-up run with the shapes of a real one: 4 layers, graphs of about 80 nodes and 400 links, features with windows.
+
+Texts that would break a careless page are planted on purpose: markup, quotes, newlines, an end-of-script tag.
+"""
+
+import math
+import random
+
+from circuitmill.stores.graphs import ERROR_NODE, FEATURE_NODE, cantor
+from circuitmill.viz.evaluation_view import Evaluation, TaskRow
+
+N_LAYERS, N_FEATURES = 4, 256
+BOS = "<|endoftext|>"
+NASTY = "</script><img src=x onerror=alert(1)>"
+CITIES = [("Dallas", "Texas", "Austin"), ("Miami", "Florida", "Tallahassee"), ("Fargo", "North Dakota", "Bismarck")]
+WORDS = [" the", " capital", " of", " state", " is", " river", " Da", "ll", "as", " said", "\n", ' "quoted"', " a", "."]
+
+
+def pieces(word: str) -> list[str]:
+    """A word in two-letter tokens, the first with its space."""
+    return [" " + word[:2], *(word[i : i + 2] for i in range(2, len(word), 2))]
+
+
+def prompt_tokens(city: str) -> list[str]:
+    return [BOS, "The", " capital", " of", " the", " state", " containing", *pieces(city), " is"]
+
+
+def explanation(layer: int, feature: int) -> str:
+    rng = random.Random(layer * 1000 + feature)
+    city, state, capital = rng.choice(CITIES)
+    return rng.choice(
+        [
+            f"fires on “{city}”; promotes {state}",
+            f"end of city names in {state}",
+            "fires on “ of the state”",
+            f"promotes {capital}, {state}",
+            "fires on “ is” after a place; promotes capitals",
+            "numbers from 10 to 19 <b>bold</b>",
+        ]
+    )
+
+
+def graph(name: str, city: str, state: str, capital: str, seed: int = 0) -> dict:
+    """A pruned graph in circuit-tracer's JSON."""
+    rng = random.Random(seed)
+    tokens = prompt_tokens(city)
+    last = len(tokens) - 1
+    nodes, rank = [], 0
+
+    def node(identity: str, kind: str, layer: str, pos: int, feature: int, clerp: str, **extra: object) -> dict:
+        base = {"node_id": identity, "feature": feature, "layer": layer, "ctx_idx": pos, "feature_type": kind}
+        rest = {"token_prob": 0.0, "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": identity}
+        return base | rest | {"clerp": clerp, "influence": None, "activation": None} | extra
+
+    for pos in range(1, len(tokens)):
+        nodes.append(node(f"E_{pos + 7}_{pos}", "embedding", "E", pos, pos, f'Emb: "{tokens[pos]}"', influence=0.99))
+    picked = set()
+    for layer in range(N_LAYERS):
+        for pos in range(1, len(tokens)):
+            many = rng.choice([0, 1, 1, 2]) + (3 if pos in (last, last - 1) else 0)
+            for _ in range(many):
+                feature = rng.randrange(N_FEATURES)
+                if (layer, feature, pos) in picked:
+                    continue
+                picked.add((layer, feature, pos))
+                rank += 1
+                text = explanation(layer, feature)
+                extra = {"influence": min(0.8, 0.03 * rank**0.75), "activation": round(rng.expovariate(0.6), 3)}
+                nodes.append(
+                    node(
+                        f"{layer}_{feature}_{pos}", FEATURE_NODE, str(layer), pos, cantor(layer, feature), text, **extra
+                    )
+                )
+            if rng.random() < 0.12:
+                nodes.append(
+                    node(f"{layer}_-1_{pos}", ERROR_NODE, str(layer), pos, -1, f"Err: mlp {layer}", influence=0.78)
+                )
+    outputs = [(f" {capital}", 0.93), (f" {state}", 0.03), (" Paris", 0.01), (NASTY, 0.005)]
+    for place, (text, probability) in enumerate(outputs):
+        extra = {"token_prob": probability, "is_target_logit": place == 0, "influence": 1.0}
+        nodes.append(
+            node(
+                f"{N_LAYERS + 1}_{900 + place}_{last}",
+                "logit",
+                str(N_LAYERS + 1),
+                last,
+                900 + place,
+                f'Output "{text}" (p={probability:.3f})',
+                **extra,
+            )
+        )
+    return {
+        "metadata": {
+            "slug": name,
+            "scan": "./data/features",
+            "transcoder_list": [],
+            "prompt": "".join(tokens[1:]),
+            "prompt_tokens": tokens,
+            "node_threshold": 0.8,
+            "schema_version": 1,
+            "replacement_score": round(rng.uniform(0.6, 0.9), 3),
+            "completeness": round(rng.uniform(0.8, 0.96), 3),
+            "unattributed": round(rng.uniform(0.01, 0.1), 3),
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": nodes,
+        "links": links(nodes, rng),
+    }
+
+
+def links(nodes: list[dict], rng: random.Random) -> list[dict]:
+    """Edges upwards and rightwards, as attention and decoders allow."""
+
+    def height(node: dict) -> int:
+        return -1 if node["layer"] == "E" else int(node["layer"])
+
+    found = []
+    for target in nodes:
+        if target["feature_type"] not in (FEATURE_NODE, "logit"):
+            continue
+        below = [
+            n
+            for n in nodes
+            if height(n) < height(target) and n["ctx_idx"] <= target["ctx_idx"] and n["feature_type"] != "logit"
+        ]
+        for source in rng.sample(below, min(len(below), 6)):
+            weight = rng.choice([1, 1, 1, -1]) * rng.lognormvariate(-1.5, 1)
+            found.append({"source": source["node_id"], "target": target["node_id"], "weight": round(weight, 4)})
+    return found
+
+
+def summary(name: str, kind: str | None, state: str, capital: str, document: dict) -> dict:
+    """A prompt's entry in attribute's summary; one without a kind expects nothing."""
+    best = next((n for n in document["nodes"] if n["feature_type"] == FEATURE_NODE and state in n["clerp"]), None)
+    place = None
+    if best:
+        layer, feature, pos = (int(part) for part in best["node_id"].split("_"))
+        place = {
+            "layer": layer,
+            "pos": pos,
+            "feature": feature,
+            "influence": best["influence"],
+            "evidence": "explanation",
+        }
+    concept = {"name": state, "found": best is not None, "at_expected_pos": False, "n_features": 1, "best": place}
+    metadata = document["metadata"]
+    return {
+        "prompt": name,
+        "text": metadata["prompt"],
+        "kind": kind,
+        **{key: metadata[key] for key in ("replacement_score", "completeness", "unattributed")},
+        "targets": [],
+        "prediction": {"token": 900, "text": f" {capital}", "probability": 0.93},
+        "predicted": None if kind is None else True,
+        "edge_check": {"relative": 3.1e-6},
+        "expected": None if kind is None else {"answers": [f" {capital}"], "first_tokens": [900], "concepts": []},
+        "concepts": [] if kind is None else [concept],
+    }
+
+
+def metrics(steps: int = 500) -> list[dict]:
+    """Rows of training metrics."""
+    rng = random.Random(1)
+    rows = []
+    for step in range(1, steps + 1):
+        done = step / steps
+        noise = 1 + 0.05 * rng.gauss(0, 1)
+        rows.append(
+            {
+                "step": step,
+                "tokens": step * 2048,
+                "loss": 460 * math.exp(-5 * done) * noise + 5,
+                "loss_reconstruction": 400 * math.exp(-6 * done) * noise + 3,
+                "loss_sparsity": 40 * (1 - done) + 6 * noise,
+                "loss_pre_activation": 9 * noise,
+                "loss_auxiliary": 0.0,
+                "ev_per_layer": [1 - math.exp(-9 * done - layer / 3) * noise for layer in range(N_LAYERS)],
+                "l0": [60 * math.exp(-5 * done) + 3 + layer for layer in range(N_LAYERS)],
+                "dead": 0.3 * done * (1 - 0.6 * done),
+                "lr": 4e-3 * min(1, done * 20) * min(1, 5 * (1 - done)),
+                "sparsity": 4.0 * done,
+            }
+        )
+    return rows
+
+
+def evaluation(l0: float = 28.0) -> Evaluation:
+    rng = random.Random(2)
+    edges = [-6 + 0.25 * i for i in range(25)]
+    counts = [
+        [int(30 * math.exp(-((edge + 2.5 - layer / 8) ** 2)) * rng.uniform(0.8, 1.2)) for edge in edges[1:]]
+        for layer in range(N_LAYERS)
+    ]
+    tasks = [
+        ("two_hop_city", 0.96, 0.93, 0.08, 1680),
+        ("two_hop_pair", 0.92, 0.9, 0.05, 248),
+        ("induction", 1.0, 1.0, 0.42, 400),
+        ("greater_than", 0.9, 0.88, 0.1, 400),
+        ("brackets", 0.99, 0.985, 0.3, 200),
+    ]
+    return Evaluation(
+        n_tokens=37800,
+        n_features=N_FEATURES,
+        ev=0.991 + l0 / 10000,
+        ev_per_layer=[0.985, 0.992, 0.996, 0.993],
+        l0=l0,
+        l0_per_layer=[l0 / 4 - 1, l0 / 4, l0 / 4 + 1, l0 / 4],
+        dead_per_layer=[3, 0, 7, 12],
+        agreement=0.93 + l0 / 1000,
+        kl=0.09 - l0 / 1000,
+        ce_original=1.234,
+        ce_replacement=1.291,
+        ce_recovered=0.981,
+        tasks=[TaskRow(*task) for task in tasks],
+        density_edges=edges,
+        density_counts=counts,
+    )
+
+
+def logits(rng: random.Random) -> list[dict]:
+    texts = [" Austin", " Texas", NASTY, " Houston", "\n", ' "', "ll", " Paris", " red", " 17"]
+    return [{"token": i, "text": text, "value": 2.5 * 0.8**i + rng.random() / 10} for i, text in enumerate(texts)]
+
+
+def feature_row(layer: int, feature: int) -> dict:
+    rng = random.Random(layer * 7919 + feature)
+    density = 10 ** rng.uniform(-4, -1.3)
+    top = rng.uniform(2, 9)
+    return {
+        "layer": layer,
+        "feature": feature,
+        "density": density,
+        "n_active": int(density * 600_000),
+        "act_max": top,
+        "act_mean": top / 3,
+        "histogram": [int(2000 * math.exp(-i / 3)) for i in range(20)],
+        "histogram_edges": [top * i / 20 for i in range(21)],
+        "quantile_values": [top * q / 100 for q in range(1, 100)],
+        "top_logits": logits(rng),
+        "bottom_logits": [entry | {"value": -entry["value"]} for entry in logits(rng)],
+    }
+
+
+def explanation_row(layer: int, feature: int) -> dict:
+    rng = random.Random(layer * 31 + feature)
+    scored = rng.random() > 0.1
+    return {
+        "layer": layer,
+        "feature": feature,
+        "explanation": explanation(layer, feature),
+        "explainer": "tokens",
+        "detection": rng.uniform(0.6, 1) if scored else None,
+        "precision": rng.uniform(0.6, 1) if scored else None,
+        "recall": rng.uniform(0.6, 1) if scored else None,
+        "n_scored": 20 if scored else 0,
+        "words": ["Dallas"],
+        "promotes": ["Texas"],
+    }
+
+
+def windows(layer: int, feature: int, top: float) -> list[dict]:
+    rng = random.Random(layer * 17 + feature)
+    found = []
+    for kind, quantile, many in (("top", 0, 14), ("quantile", 75, 3), ("quantile", 50, 3), ("silent", 0, 4)):
+        for rank in range(many):
+            texts = [BOS] + [rng.choice([*WORDS, NASTY if rng.random() < 0.05 else " the"]) for _ in range(23)]
+            peak = rng.randrange(4, 24) if kind != "silent" else -1
+            level = top * (0.97**rank if kind == "top" else (quantile + 20) / 100)
+            activations = [
+                level if i == peak else level * rng.random() * (rng.random() < 0.15 and peak > 0 and i > 0)
+                for i in range(24)
+            ]
+            found.append(
+                {
+                    "layer": layer,
+                    "feature": feature,
+                    "split": "train",
+                    "kind": kind,
+                    "rank": rank,
+                    "quantile": quantile,
+                    "texts": texts,
+                    "activations": activations,
+                    "peak": peak,
+                }
+            )
+    return found

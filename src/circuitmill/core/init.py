@@ -51,12 +51,13 @@ def encoder_bias_for_rate(transcoder: Transcoder, x: Float[Tensor, "token layer 
         raise ConfigError(
             f"expected a firing rate between 1/{n_tokens} and 1",
             found=f"{rate:g}, or {n_firing} of {n_tokens} tokens",
-            where="train.initial_l0",
-            fix="raise initial_l0 or batch_tokens",
+            where="train.init.l0",
+            fix="change init.l0 or raise batch_tokens",
         )
     for layer in range(transcoder.n_layers):
         drive = einsum(x[:, layer], transcoder.W_enc[layer], "token d_model, feature d_model -> feature token")
-        # the (n_firing)-th largest and the one below it straddle the quantile: exactly n_firing tokens exceed it
+        # the (n_firing)-th largest and the one below it straddle the quantile: exactly n_firing tokens exceed
+        # it
         low = drive.kthvalue(n_tokens - n_firing, dim=1).values
         transcoder.b_enc[layer] = transcoder.threshold[layer] - low
 

@@ -1,8 +1,9 @@
 """Terms of the training loss. Each is summed over d_model, layers and features and averaged over tokens.
 
-With that reduction a coefficient means the same at any batch size, and the mean of a term over equal parts of a batch
-is the term of the whole batch. Every function takes one layer ("token feature") or all layers ("token layer feature").
-Source: "Circuit Tracing" (Ameisen et al. 2025), appendix on training, and "Circuits Updates, January 2025".
+With that reduction a coefficient means the same at any batch size, and the mean of a term over equal parts of
+a batch is the term of the whole batch. Every function takes one layer ("token feature") or all layers ("token
+layer feature"). Source: "Circuit Tracing" (Ameisen et al. 2025), appendix on training, and "Circuits Updates,
+January 2025".
 """
 
 import torch
@@ -10,32 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def reconstruction(y: Float[Tensor, "token layer d_model"], y_hat: Float[Tensor, "token layer d_model"]) -> Float[Tensor, ""]:
+def reconstruction(
+    y: Float[Tensor, "token layer d_model"], y_hat: Float[Tensor, "token layer d_model"]
+) -> Float[Tensor, ""]:
     """Squared error: mean over tokens of sum over layers of ||y - yhat||^2.
 
     >>> reconstruction(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
     tensor(12.)
     """
     return (y - y_hat).square().sum() / y.shape[0]
-
-
-class _TanhSparsity(torch.autograd.Function):
-    """Saves the hyperbolic tangent and nothing else of the activations' size that the caller does not hold already."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, norms: Tensor, scale: float) -> Tensor:
-        tanh = (a * (norms * scale)).tanh_()
-        ctx.save_for_backward(a, norms, tanh)
-        ctx.scale = scale
-        return tanh.sum() / a.shape[0]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, norms, tanh = ctx.saved_tensors
-        factor = gradient * ctx.scale / a.shape[0]
-        slope = torch.addcmul(torch.ones((), dtype=a.dtype, device=a.device), tanh, tanh, value=-1)
-        by_norms = (slope * a).sum(dim=0) * factor
-        return slope.mul_(norms * factor), by_norms, None
 
 
 def tanh_sparsity(
@@ -47,11 +31,12 @@ def tanh_sparsity(
     tensor(2.)
 
     Args:
-        norms: Length of each feature's concatenated decoder, so that shrinking activations and growing decoders
+        norms: Length of each feature's concatenated decoder, so that shrinking activations and growing
+        decoders
             does not pay.
         scale: How fast the count saturates; the reciprocal of the written length that counts as "active".
     """
-    return _TanhSparsity.apply(a, norms, scale)
+    return torch.tanh(a * (norms * scale)).sum() / a.shape[0]
 
 
 def pre_activation(
@@ -72,8 +57,8 @@ def auxiliary(
 ) -> Float[Tensor, ""]:
     """What dead features leave of the error they are asked to explain (Gao et al. 2024, section 2.4, "AuxK").
 
-    The mean over tokens of ||e - ehat||^2 with e = y - yhat detached. It is not divided by ||e||^2 of the batch, which
-    would make it depend on how the batch is split over ranks.
+    The mean over tokens of ||e - ehat||^2 with e = y - yhat detached. It is not divided by ||e||^2 of the
+    batch, which would make it depend on how the batch is split over ranks.
     """
     return (error.detach() - error_hat).square().sum() / error.shape[0]
 

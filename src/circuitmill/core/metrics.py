@@ -1,7 +1,7 @@
 """Measures of fit, sparsity and behaviour, one definition each, as accumulators that stream over batches.
 
-Accumulators keep float64 or integer sums, so that the result does not depend on how the tokens were split into
-batches, and two accumulators over disjoint tokens `merge` into what one over all tokens would hold.
+Accumulators keep float64 or integer sums, so that the result does not depend on how the tokens were split
+into batches, and two accumulators over disjoint tokens `merge` into what one over all tokens would hold.
 """
 
 import torch
@@ -13,7 +13,8 @@ class ExplainedVariance:
     """Share of the outputs' variance that a reconstruction explains, per layer and pooled over layers.
 
     EV = 1 - sum ||y - yhat||^2 / sum ||y - ybar||^2 with ybar the mean over all tokens seen, found in one pass by
-    merging means and squared deviations (Chan et al. 1979). The normalised squared error is 1 - EV. Nothing is clamped.
+    merging means and squared deviations (Chan et al. 1979). The normalised squared error is 1 - EV. Nothing
+    is clamped.
 
     >>> y = torch.tensor([[[0.0, 1.0]], [[2.0, 1.0]]])
     >>> ev = ExplainedVariance(n_layers=1, d_model=2)
@@ -65,8 +66,10 @@ class Firing:
 
     >>> firing = Firing(n_layers=1, n_features=3)
     >>> firing.update(torch.tensor([[[1.0, 0.0, 0.0]], [[2.0, 1.0, 0.0]]]))
-    >>> firing.l0(), firing.density(), firing.dead()
-    (tensor([1.5000], dtype=torch.float64), tensor([[1.0000, 0.5000, 0.0000]], dtype=torch.float64), tensor([[False, False,  True]]))
+    >>> firing.l0(), firing.density()
+    (tensor([1.5000], dtype=torch.float64), tensor([[1.0000, 0.5000, 0.0000]], dtype=torch.float64))
+    >>> firing.dead()
+    tensor([[False, False,  True]])
     """
 
     def __init__(self, n_layers: int, n_features: int, device: torch.device | None = None) -> None:
@@ -161,7 +164,7 @@ def cross_entropy(logits: Float[Tensor, "token d_vocab"], following: Int[Tensor,
 
 
 def cross_entropy_recovered(original: float, replaced: float, ablated: float) -> float:
-    """Share of the cross-entropy lost by ablation that the replacement keeps: (ablated - replaced) / (ablated - original).
+    """Share of what ablation loses that the replacement keeps: (ablated - replaced) / (ablated - original).
 
     >>> cross_entropy_recovered(original=1.0, replaced=1.5, ablated=3.0)
     0.75

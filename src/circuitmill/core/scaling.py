@@ -1,7 +1,7 @@
 """Units: training sees inputs and outputs scaled to E||x||^2 = d_model per layer; a finished model carries the scales.
 
-Folding puts the scales into the weights, so that the folded model reads raw MLP inputs and writes raw MLP outputs.
-Pre-activations, thresholds and activations are the same before and after.
+Folding puts the scales into the weights, so that the folded model reads raw MLP inputs and writes raw MLP
+outputs. Pre-activations, thresholds and activations are the same before and after.
 """
 
 from dataclasses import dataclass
@@ -39,9 +39,7 @@ def fold(transcoder: Transcoder, scaling: Scaling) -> Transcoder:
 
     W_enc^l *= s_in^l, W_dec^{l->m} /= s_out^m, b_dec^m /= s_out^m; b_enc and thresholds stay.
     """
-    folded = Transcoder(
-        transcoder.n_layers, transcoder.n_features, transcoder.d_model, device=transcoder.W_enc.device
-    )
+    folded = Transcoder(transcoder.n_layers, transcoder.n_features, transcoder.d_model, device=transcoder.W_enc.device)
     folded.load_state_dict(transcoder.state_dict())
     folded.W_enc.mul_(scaling.input_scale[:, None, None])
     folded.b_dec.div_(scaling.output_scale[:, None])

@@ -1,9 +1,10 @@
-"""The cross-layer transcoder: features read one layer's MLP input and write to the MLP outputs of it and all later layers.
+"""The cross-layer transcoder: features read one MLP's input and write to the outputs of it and all later ones.
 
     h^l = W_enc^l x^l + b_enc^l,   a^l = h^l if h^l > threshold^l else 0,
     yhat^m = b_dec^m + sum over l <= m of W_dec^{l->m} a^l
 
-(formulation of "Circuit Tracing", Ameisen et al. 2025, section "Building an interpretable replacement model").
+(formulation of "Circuit Tracing", Ameisen et al. 2025, section "Building an interpretable replacement
+model").
 """
 
 import torch
@@ -31,7 +32,9 @@ class Transcoder(nn.Module):
         super().__init__()
         for name, size in (("n_layers", n_layers), ("n_features", n_features), ("d_model", d_model)):
             if size < 1:
-                raise ShapeError("expected a size of at least 1", found=str(size), where=name, fix="choose a positive size")
+                raise ShapeError(
+                    "expected a size of at least 1", found=str(size), where=name, fix="choose a positive size"
+                )
         self.n_layers = n_layers
         self.n_features = n_features
         self.d_model = d_model
@@ -56,7 +59,8 @@ class Transcoder(nn.Module):
         self, layer: int, x: Float[Tensor, "token d_model"], features: slice = slice(None)
     ) -> Float[Tensor, "token feature"]:
         """As `pre_activations`, for one layer's features or a block of them."""
-        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc[layer, features]
+        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc[layer,
+        # features]
         return nn.functional.linear(x, self.W_enc[layer, features], self.b_enc[layer, features])
 
     def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer feature"]:
@@ -83,9 +87,7 @@ class Transcoder(nn.Module):
         """Add up what every feature writes: layer m receives b_dec[m] and the writings of all layers up to m."""
         return self.add_up([self.decode_layer(source, a[:, source]) for source in range(self.n_layers)])
 
-    def add_up(
-        self, written: list[Float[Tensor, "token ... d_model"]]
-    ) -> Float[Tensor, "token layer d_model"]:
+    def add_up(self, written: list[Float[Tensor, "token ... d_model"]]) -> Float[Tensor, "token layer d_model"]:
         """Sum what each source wrote (`decode_layer`, in order of sources) into the layers it wrote to, with biases."""
         return torch.stack(
             [

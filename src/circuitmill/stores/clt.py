@@ -1,12 +1,12 @@
 """A finished cross-layer transcoder on disk, in circuit-tracer's own layout.
 
-    W_enc_{l}.safetensors   W_enc_{l} [feature d_model]   b_enc_{l} [feature]   b_dec_{l} [d_model]   threshold_{l} [feature]
-    W_dec_{l}.safetensors   W_dec_{l} [feature target d_model], target k is layer l + k
-    config.yaml             model_kind, feature_input_hook, feature_output_hook, model_name, scan
+    W_enc_{l}.safetensors   W_enc_{l} [feature d_model]   b_enc_{l} [feature]   b_dec_{l} [d_model]
+    threshold_{l} [feature] W_dec_{l}.safetensors   W_dec_{l} [feature target d_model], target k is layer l +
+    k config.yaml             model_kind, feature_input_hook, feature_output_hook, model_name, scan
 
 for l = 0 .. n_layers - 1. All scales are folded in: the model reads raw MLP inputs and writes raw MLP outputs. The
-reader there takes the number of encoder files for the number of layers, so a leftover file of another model would
-change the model; here it is an error.
+reader there takes the number of encoder files for the number of layers, so a leftover file of another model
+would change the model; here it is an error.
 """
 
 import re
@@ -62,7 +62,8 @@ def load_clt(folder: Path) -> Transcoder:
     """Read a JumpReLU transcoder, in float32 whatever type the files have, without gradients.
 
     Raises:
-        StoreError: a file is missing, damaged, left over, or has another shape than the first layer implies; names it.
+        StoreError: a file is missing, damaged, left over, or has another shape than the first layer implies;
+        names it.
     """
     _check_config(folder / CONFIG)
     n_layers = _count_layers(folder)
@@ -78,7 +79,12 @@ def load_clt(folder: Path) -> Transcoder:
     transcoder = Transcoder(n_layers, n_features, d_model)
     for layer in range(n_layers):
         path = folder / f"W_enc_{layer}.safetensors"
-        shapes = {"W_enc": (n_features, d_model), "b_enc": (n_features,), "b_dec": (d_model,), "threshold": (n_features,)}
+        shapes = {
+            "W_enc": (n_features, d_model),
+            "b_enc": (n_features,),
+            "b_dec": (d_model,),
+            "threshold": (n_features,),
+        }
         tensors = read_tensors(path, {f"{name}_{layer}": shape for name, shape in shapes.items()})
         check_floating(tensors, path)
         threshold = tensors[f"threshold_{layer}"]
@@ -131,8 +137,16 @@ def _check_config(path: Path) -> None:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise StoreError(
-            "expected a YAML file that describes the transcoder", found=str(error), where=path, fix="rerun the stage train"
+            "expected a YAML file that describes the transcoder",
+            found=str(error),
+            where=path,
+            fix="rerun the stage train",
         ) from error
     kind = config.get("model_kind") if isinstance(config, dict) else None
     if kind != MODEL_KIND:
-        raise StoreError(f"expected model_kind: {MODEL_KIND}", found=str(kind), where=path, fix="load a cross-layer transcoder")
+        raise StoreError(
+            f"expected model_kind: {MODEL_KIND}",
+            found=str(kind),
+            where=path,
+            fix="load a cross-layer transcoder",
+        )

@@ -43,19 +43,27 @@ def read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None)
         StoreError: the file is missing, damaged, or holds other tensors than expected.
     """
     if not path.is_file():
-        raise StoreError("expected a safetensors file", found="nothing", where=path, fix="rerun the stage that writes it")
+        raise StoreError(
+            "expected a safetensors file", found="nothing", where=path, fix="rerun the stage that writes it"
+        )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise StoreError(
-            "expected a whole safetensors file", found=str(error), where=path, fix="restore it or rerun the stage that writes it"
+            "expected a whole safetensors file",
+            found=str(error),
+            where=path,
+            fix="restore it or rerun the stage that writes it",
         ) from error
     if expected is not None:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise StoreError(
-                f"expected tensors {expected}", found=str(found), where=path, fix="remove files of another model or rerun the stage"
+                f"expected tensors {expected}",
+                found=str(found),
+                where=path,
+                fix="remove files of another model or rerun the stage",
             )
     return tensors
 
@@ -69,9 +77,15 @@ def check_floating(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise StoreError(
-                f"expected {name} in a floating-point type", found=str(tensor.dtype), where=path, fix="rerun the stage that writes it"
+                f"expected {name} in a floating-point type",
+                found=str(tensor.dtype),
+                where=path,
+                fix="rerun the stage that writes it",
             )
         if not torch.isfinite(tensor).all():
             raise StoreError(
-                f"expected finite values in {name}", found="infinity or not-a-number", where=path, fix="rerun the stage that writes it"
+                f"expected finite values in {name}",
+                found="infinity or not-a-number",
+                where=path,
+                fix="rerun the stage that writes it",
             )

@@ -1,0 +1,1 @@
+"""Optimisation of a transcoder on batches of activations; knows no file formats."""

@@ -1,0 +1,108 @@
+"""Where the numbers of a training go: a file with one JSON object per row, mirrored to Weights & Biases if asked.
+
+The file only grows. A training that resumes from a checkpoint first drops the rows that came after it, so
+that every step appears once, and the file of an interrupted training has the same steps as that of an
+unbroken one.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+Row = dict[str, float | int | list[float | None] | None]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes rows."""
+
+    def log(self, row: Row) -> None:
+        """Take one row; `step` and `tokens` are among its keys."""
+
+    def close(self) -> None:
+        """No further rows follow."""
+
+
+class MetricsFile:
+    """Appends rows to a file; a number that is not finite becomes null."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        self.path = path
+        kept = [line for line, row in _rows(path) if row["step"] <= resume_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, row: Row) -> None:
+        """Append a row and hand it to the operating system."""
+        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Wait until the disk has it."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class WandbMirror:
+    """Mirrors rows to Weights & Biases: files below `folder`/wandb, no network unless WANDB_MODE is "online".
+
+    A resumed training gives the same `identity`, so that uploading joins its parts into one run.
+    """
+
+    def __init__(self, folder: Path, *, config: dict, identity: str) -> None:
+        # here, because training machines without this package must be able to import the module
+        import wandb
+
+        self._run = wandb.init(
+            project="circuitmill",
+            id=identity,
+            dir=str(folder),
+            config=config,
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            resume="allow" if os.environ.get("WANDB_MODE") == "online" else None,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+            ),
+        )
+
+    def log(self, row: Row) -> None:
+        """Mirror a row; a list becomes one series per layer."""
+        flat = {}
+        for key, value in row.items():
+            if isinstance(value, list):
+                flat |= {f"{key}/layer_{layer}": entry for layer, entry in enumerate(value)}
+            else:
+                flat[key] = value
+        self._run.log(flat, step=int(row["step"]))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Finish the run's files."""
+        self._run.finish()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All whole rows of a metrics file."""
+    return [row for _, row in _rows(path)]
+
+
+def _rows(path: Path) -> list[tuple[str, dict]]:
+    """Whole lines and what they say; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

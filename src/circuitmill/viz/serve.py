@@ -56,7 +56,9 @@ def resolve(root: Path, target: str) -> Path | None:
         found = (root / path.lstrip("/")).resolve(strict=True)
     except (OSError, RuntimeError):
         return None
-    return found if found.is_relative_to(root) and (found.is_file() or found.is_dir()) else None
+    if not found.is_relative_to(root) or (found.is_file() and path.endswith("/")):
+        return None
+    return found if found.is_file() or found.is_dir() else None
 
 
 def reports(root: Path) -> list[str]:

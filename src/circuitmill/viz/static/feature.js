@@ -10,11 +10,11 @@
   const tile = (label, value, note) =>
     el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, el("div", { class: "value" }, value), el("div", { class: "note" }, note)));
 
-  function neighbours(index, layer, feature) {
-    const here = index.layer.map((value, at) => [value, index.feature[at]]);
-    const at = here.findIndex(([l, f]) => l === layer && f === feature);
+  function neighbours(index, at) {
     const link = (step, text) =>
-      here[at + step] ? el("a", { href: "#" + here[at + step].join("/") }, text) : el("span", { class: "muted" }, text);
+      at + step in index.layer
+        ? el("a", { href: "#" + index.layer[at + step] + "/" + index.feature[at + step] }, text)
+        : el("span", { class: "muted" }, text);
     return el("p", { class: "small" }, link(-1, "← previous"), " · ", link(1, "next →"));
   }
 
@@ -32,14 +32,14 @@
     return views;
   }
 
-  function view(record, index) {
+  function view(record, index, at) {
     const { layer, feature } = record;
     document.title = "Feature " + layer + "/" + feature;
     const scored = record.detection !== null;
     place.replaceChildren(
       el("p", { class: "muted", style: { margin: 0 } }, "Layer " + layer + " · feature " + feature),
       el("h1", { id: "explanation" }, record.explanation),
-      neighbours(index, layer, feature),
+      neighbours(index, at),
       el(
         "dl",
         { class: "tiles" },
@@ -75,8 +75,10 @@
   async function show() {
     const [layer, feature] = location.hash.slice(1).split("/").map(Number);
     if (!Number.isInteger(layer) || !Number.isInteger(feature)) throw new Error("choose a feature from the list: feature.html#<layer>/<feature>");
-    const [record, index] = await Promise.all([loadFeature(layer, feature), load("features/index")]);
-    view(record, index);
+    const index = await load("features/index");
+    const at = index.layer.findIndex((value, place) => value === layer && index.feature[place] === feature);
+    if (at < 0) throw new Error("feature " + feature + " of layer " + layer + " has no page in this report");
+    view(await loadFeature(layer, feature), index, at);
     window.scrollTo(0, 0);
   }
   const refresh = () => show().catch((error) => fail(place, error));

@@ -1,0 +1,236 @@
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tests.viz import synthetic
+from tests.viz.conftest import Site
+
+from circuitmill.errors import StoreError
+from circuitmill.viz import curves, evaluation_view, feature_view, graph_view, pages
+from circuitmill.viz.site import PAGES, data_script, environment
+
+
+class Document(html.parser.HTMLParser):
+    """Tags with their attributes, text, and whether every tag is closed."""
+
+    VOID = frozenset({"meta", "link", "input", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def registered(path: Path) -> object:
+    """What a data file registers, read as JSON."""
+    match = re.fullmatch(r'window\.circuitmill\.register\((".*?"), (.*)\);\n', path.read_text(), re.DOTALL)
+    return json.loads(match[2])
+
+
+def overview(site: Site) -> Document:
+    return Document((site.report / "index.html").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_well_formed_and_refers_only_to_files_beside_it(site: Site, page: str) -> None:
+    document = Document((site.report / page).read_text())
+    assert document.open == []
+    for tag, attributes in document.tags:
+        for key in ("src", "href"):
+            target = attributes.get(key)
+            if target is None or tag == "a":
+                continue
+            assert "//" not in target
+            assert (site.report / target).is_file(), f"{page} refers to {target}"
+
+
+def test_nothing_in_the_folder_refers_to_a_host(site: Site) -> None:
+    for path in site.report.rglob("*"):
+        if path.is_file():
+            hosts = set(re.findall(r"https?://[^\"'\s)]+", path.read_text()))
+            assert hosts <= {"http://www.w3.org/2000/svg"}, path
+
+
+def test_overview_shows_headline_figures_and_tables(site: Site) -> None:
+    text = overview(site).text
+    for piece in ("95.8%", "0.9938", "22 of 1,024", "37,800 held-out tokens", "3 of 3", "4 min 0 s", "1.2 GB"):
+        assert piece in text, piece
+    assert "two hop city" in text and "96.0%" in text
+
+
+def test_overview_links_every_graph_and_the_other_variant(site: Site) -> None:
+    links = [attributes.get("href") for tag, attributes in overview(site).tags if tag == "a"]
+    for entry in site.content.entries:
+        assert f"graph.html#prompt={entry['name']}" in links
+        assert (site.report / "data" / "graphs" / f"{entry['name']}.js").is_file()
+    assert "../../sparse/report/index.html" in links
+    assert "../../main/report/index.html" not in links
+
+
+def test_markup_in_tokens_stays_text(site: Site) -> None:
+    document = overview(site)
+    assert synthetic.NASTY in document.text
+    assert not [tag for tag, attributes in document.tags if tag == "img" or "onerror" in attributes]
+
+
+def test_markup_in_data_files_is_escaped(site: Site) -> None:
+    found = 0
+    for path in (site.report / "data").rglob("*.js"):
+        text = path.read_text()
+        assert "<" not in text, path
+        found += synthetic.NASTY.replace("<", "\\u003c").replace(">", "\\u003e") in text
+    assert found > 1
+
+
+def test_data_file_round_trips() -> None:
+    value = {"text": "</script> & \u2028 ünï", "n": [1, 2.5, None, True]}
+    script = data_script("a/b", value)
+    assert "\u2028" not in script and "<" not in script
+    assert json.loads(script.removeprefix('window.circuitmill.register("a/b", ').removesuffix(");\n")) == value
+
+
+def test_data_file_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        data_script("a", float("nan"))
+
+
+def test_templates_escape() -> None:
+    template = environment().from_string("{{ text }}")
+    assert template.render(text="<b>&") == "&lt;b&gt;&amp;"
+
+
+def test_graph_file_is_the_graph_unchanged(site: Site) -> None:
+    for document in site.content.graphs:
+        assert registered(site.report / "data" / "graphs" / f"{document['metadata']['slug']}.js") == document
+
+
+def test_entry_names_the_node_that_names_the_concept() -> None:
+    document = synthetic.graph("two_hop-00", *synthetic.CITIES[0])
+    entry = graph_view.graph_entry(document, synthetic.summary("two_hop-00", "two_hop", "Texas", "Austin", document))
+    [concept] = entry["concepts"]
+    node = next(node for node in document["nodes"] if node["node_id"] == concept["node"])
+    assert "Texas" in node["clerp"]
+    assert entry["circuit"] == "two hop" and entry["expected"] == "Austin" and entry["correct"]
+
+
+def test_thumbnail_draws_every_feature_of_the_graph() -> None:
+    document = synthetic.graph("two_hop-00", *synthetic.CITIES[0])
+    picture = str(graph_view.thumbnail(document, synthetic.N_LAYERS))
+    n_features = sum("cross" in node["feature_type"] for node in document["nodes"])
+    assert picture.count("<circle") == n_features
+    assert picture.count('class="logit"') == 4
+    assert picture.count("<path") == graph_view.LINKS
+
+
+def test_occurrences_lists_graphs_of_a_feature() -> None:
+    document = synthetic.graph("two_hop-00", *synthetic.CITIES[0])
+    found = graph_view.occurrences({"two_hop-00": document})
+    for (layer, feature), places in found.items():
+        for name, node, prompt in places:
+            assert name == "two_hop-00" and node.startswith(f"{layer}_{feature}_") and "Dallas" in prompt
+    assert sum(map(len, found.values())) == sum("cross" in node["feature_type"] for node in document["nodes"])
+
+
+def test_feature_chunks_hold_what_the_index_lists(site: Site) -> None:
+    index = registered(site.report / "data" / "features" / "index.js")
+    assert len(index["layer"]) == synthetic.N_LAYERS * synthetic.N_FEATURES
+    chunk = registered(site.report / "data" / "features" / "2-1.js")
+    assert sorted(map(int, chunk["features"])) == list(range(64, 128))
+    row = synthetic.feature_row(2, 70)
+    record = chunk["features"]["70"]
+    assert record["act_max"] == pytest.approx(row["act_max"], rel=1e-3)
+    assert [entry[0] for entry in record["top"]] == [entry["text"] for entry in row["top_logits"]]
+
+
+def test_windows_come_back_from_their_compact_form() -> None:
+    [first, *_] = synthetic.windows(0, 3, 5.0)
+    texts = feature_view.Texts()
+    record = feature_view.window_record(first, texts)
+    names = list(texts.numbers)
+    assert [names[number] for number in record["t"]] == first["texts"]
+    dense = dict(record["a"])
+    for place, value in enumerate(first["activations"]):
+        assert dense.get(place, 0) == pytest.approx(value, rel=1e-3)
+
+
+def test_chosen_windows_are_the_strongest_and_then_from_high_to_low() -> None:
+    windows = synthetic.windows(0, 3, 5.0)
+    heldout = [window | {"split": "heldout"} for window in windows]
+    chosen = feature_view.chosen_windows([*heldout, *reversed(windows)], top=3, quantile=2)
+    assert [(w["kind"], w["quantile"], w["rank"]) for w in chosen] == [
+        ("top", 0, 0),
+        ("top", 0, 1),
+        ("top", 0, 2),
+        ("quantile", 75, 2),
+        ("quantile", 75, 1),
+        ("quantile", 50, 2),
+        ("quantile", 50, 1),
+    ]
+    assert all(window["split"] == "train" for window in chosen)
+
+
+def test_features_in_graphs_keep_their_pages_beyond_the_limit() -> None:
+    n_active = {(0, 0): 100, (0, 1): 0, (0, 2): 0}
+    assert feature_view.choose_pages(n_active, [(0, 1), (0, 2)], most=1) == {(0, 1), (0, 2)}
+
+
+def test_curves_leave_out_what_is_switched_off_and_keep_the_ends() -> None:
+    rows = synthetic.metrics(1000)
+    charts = {chart["title"]: chart for chart in curves.training_charts(rows)}
+    loss = charts["Loss and its terms before weighting"]
+    assert [series["name"] for series in loss["series"]] == ["loss", "reconstruction", "sparsity", "pre-activation"]
+    assert len(loss["x"]) == curves.POINTS
+    assert (loss["x"][0], loss["x"][-1]) == (rows[0]["tokens"], rows[-1]["tokens"])
+    ev = charts["Explained variance per layer"]
+    assert [series["name"] for series in ev["series"]] == [f"layer {i}" for i in range(synthetic.N_LAYERS)]
+
+
+def test_curves_pass_over_gaps() -> None:
+    charts = curves.training_charts([{"tokens": 1, "lr": 0.5}, {"tokens": 2, "lr": None}, {"tokens": 3, "lr": 0.1}])
+    assert [chart["title"] for chart in charts] == ["Learning rate"]
+    assert charts[0]["x"] == [1, 3]
+
+
+def test_broken_metrics_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"tokens": 1}\n{"step": 2}\n')
+    with pytest.raises(StoreError, match=r"metrics\.jsonl:2") as caught:
+        curves.read_metrics(path)
+    assert "expected" not in str(caught.value) and "rerun stage train" in str(caught.value)
+
+
+def test_variants_are_drawn_only_when_there_are_several() -> None:
+    rows = evaluation_view.variant_rows("main", {"main": synthetic.evaluation()})
+    assert evaluation_view.variant_charts(rows) == []
+    both = {"main": synthetic.evaluation(28.0), "sparse": synthetic.evaluation(14.0)}
+    rows = evaluation_view.variant_rows("main", both)
+    assert [(row["name"], row["here"]) for row in rows] == [("sparse", False), ("main", True)]
+    assert len(evaluation_view.variant_charts(rows)) == 3
+
+
+def test_concepts_are_counted_over_graphs(site: Site) -> None:
+    found, known = pages.concepts_found(site.content.entries)
+    assert known == len(synthetic.CITIES)
+    assert found == sum(entry["concepts"][0]["found"] for entry in site.content.entries if entry["concepts"])

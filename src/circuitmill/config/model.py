@@ -21,9 +21,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ConfigError(
-                "a model name", found="''", where="model.name", fix="name a hub model or a folder"
-            )
+            raise ConfigError("a model name", found="''", where="model.name", fix="name a hub model or a folder")
         if self.source == "huggingface" and not self.revision:
             raise ConfigError(
                 "a revision for a model on the hub",

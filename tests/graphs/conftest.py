@@ -131,12 +131,8 @@ def build(
     return make
 
 
-def trace_all(
-    replaced: LocalReplacementModel, ids: torch.Tensor, max_feature_nodes: int = 10_000
-) -> AttributionGraph:
-    return trace(
-        replaced, ids, prompt="text", max_logits=5, logit_mass=0.9, max_feature_nodes=max_feature_nodes
-    )
+def trace_all(replaced: LocalReplacementModel, ids: torch.Tensor, max_feature_nodes: int = 10_000) -> AttributionGraph:
+    return trace(replaced, ids, prompt="text", max_logits=5, logit_mass=0.9, max_feature_nodes=max_feature_nodes)
 
 
 @pytest.fixture(scope="session")

@@ -43,9 +43,7 @@ def test_metadata(document: dict, neo_graph: AttributionGraph) -> None:
     }
 
 
-def test_links_join_nodes_of_the_document_and_carry_the_edges(
-    document: dict, neo_graph: AttributionGraph
-) -> None:
+def test_links_join_nodes_of_the_document_and_carry_the_edges(document: dict, neo_graph: AttributionGraph) -> None:
     pruned = prune(neo_graph, 0.8, 0.98)
     assert len(document["nodes"]) == pruned.nodes.sum() < len(neo_graph.adjacency)
     assert len(document["links"]) == pruned.edges.sum() > 100
@@ -104,9 +102,7 @@ def test_explanations_are_the_labels_of_features_at_every_position(neo_graph: At
     layer, _, feature = neo_graph.features[0].tolist()
     document = export(neo_graph, everything(neo_graph), **{f"f{layer}_{feature}": "fires on “Texas”"})
     mine = [node for node in document["nodes"] if node["node_id"].startswith(f"{layer}_{feature}_")]
-    others = [
-        node for node in document["nodes"] if node["feature_type"].startswith("cross") and node not in mine
-    ]
+    others = [node for node in document["nodes"] if node["feature_type"].startswith("cross") and node not in mine]
     assert mine and {node["clerp"] for node in mine} == {"fires on “Texas”"}
     assert others and {node["clerp"] for node in others} == {""}
 

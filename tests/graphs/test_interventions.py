@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuitmill.graphs.graph import AttributionGraph
-from circuitmill.graphs.interventions import EdgeCheck, verify_edges
+from circuitmill.graphs.graph import AttributionGraph, EdgeCheck
+from circuitmill.graphs.interventions import verify_edges
 from circuitmill.graphs.tracer import LocalReplacementModel
 
 Trace = Callable[..., AttributionGraph]

@@ -87,9 +87,7 @@ def test_same_as_circuit_tracer(neo_graph: AttributionGraph, thresholds: tuple[f
     assert torch.equal(found.edges & kept, wanted.edge_mask & kept)
     torch.testing.assert_close(found.influence, wanted.cumulative_scores, atol=1e-6, rtol=0)
     ours = scores(neo_graph)
-    assert (ours.replacement, ours.completeness) == pytest.approx(
-        compute_graph_scores(theirs(neo_graph)), abs=1e-6
-    )
+    assert (ours.replacement, ours.completeness) == pytest.approx(compute_graph_scores(theirs(neo_graph)), abs=1e-6)
     assert 0 < ours.unattributed < 1
 
 

@@ -45,15 +45,11 @@ def transcoder_where(tmp_path: Path, make_transcoder: Callable[..., Transcoder])
     return make
 
 
-def test_nodes_are_features_errors_embeddings_logits(
-    neo_graph: AttributionGraph, prompt_ids: torch.Tensor
-) -> None:
+def test_nodes_are_features_errors_embeddings_logits(neo_graph: AttributionGraph, prompt_ids: torch.Tensor) -> None:
     graph, n_pos = neo_graph, len(prompt_ids)
     assert graph.tokens == tuple(prompt_ids.tolist())
     assert graph.n_features == graph.n_active > 50
-    assert (
-        graph.logits.stop == len(graph.adjacency) == graph.n_features + 3 * n_pos + n_pos + len(graph.targets)
-    )
+    assert graph.logits.stop == len(graph.adjacency) == graph.n_features + 3 * n_pos + n_pos + len(graph.targets)
     assert (graph.features[:, 1] > 0).all()  # BOS has no feature nodes
     assert (graph.adjacency[graph.errors] == 0).all()
     assert (graph.adjacency[graph.embeddings] == 0).all()
@@ -184,7 +180,7 @@ def test_bos_with_id_zero(
 ) -> None:
     zero = AutoTokenizer.from_pretrained(
         tokenizer.name_or_path,
-        bos_token="<|pad|>",  # noqa: S106
+        bos_token="<|pad|>",
         eos_token=None,
         pad_token=None,
     )
@@ -270,18 +266,13 @@ def test_loaded_transcoder_is_ours(transcoder_dir: Path, make_transcoder: Callab
     x = torch.randn(5, 3, 16)
     features = loaded.encode(x.transpose(0, 1))
     torch.testing.assert_close(features.transpose(0, 1), ours.encode(x))
-    torch.testing.assert_close(
-        loaded.decode(features).transpose(0, 1), ours.decode(ours.encode(x)), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(loaded.decode(features).transpose(0, 1), ours.decode(ours.encode(x)), atol=1e-5, rtol=0)
 
 
 def test_the_library_itself_is_untouched() -> None:
     stock = CrossLayerTranscoder.compute_reconstruction
     assert stock.__module__ == "circuit_tracer.transcoder.cross_layer_transcoder"
-    assert (
-        context_transformerlens.AttributionContext._compute_score_hook.__module__
-        == context_transformerlens.__name__
-    )
+    assert context_transformerlens.AttributionContext._compute_score_hook.__module__ == context_transformerlens.__name__
 
 
 def test_callers_tokenizer_is_not_changed(

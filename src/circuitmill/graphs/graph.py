@@ -1,4 +1,4 @@
-"""The attribution graph of one prompt, before pruning."""
+"""The attribution graph of one prompt, before pruning, and what a check of its edges found."""
 
 from dataclasses import dataclass
 
@@ -61,3 +61,21 @@ class AttributionGraph:
     def logits(self) -> slice:
         """Where the logit nodes are."""
         return slice(self.embeddings.stop, self.embeddings.stop + len(self.targets))
+
+
+@dataclass(frozen=True)
+class EdgeCheck:
+    """The result of comparing edges with interventions."""
+
+    n_features: int
+    worst_feature: float
+    """Largest difference in a feature's pre-activation."""
+    worst_logit: float
+    """Largest difference in a logit less the mean logit."""
+    largest_edge: float
+    """Largest edge out of the checked features, for scale."""
+
+    @property
+    def relative(self) -> float:
+        """The worst difference as a share of the largest edge, or of 1 if all edges are smaller."""
+        return max(self.worst_feature, self.worst_logit) / max(1.0, self.largest_edge)

@@ -5,36 +5,17 @@ activation must change every feature's pre-activation and every logit by (c - 1)
 The residual model is linear under those freezes, so the agreement is exact but for rounding.
 """
 
-from dataclasses import dataclass
 from itertools import product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitmill.graphs.graph import AttributionGraph
+from circuitmill.graphs.graph import AttributionGraph, EdgeCheck
 from circuitmill.graphs.tracer import LocalReplacementModel
 
 FACTORS = (2.0, 0.0)
 """A checked feature is doubled, and removed."""
-
-
-@dataclass(frozen=True)
-class EdgeCheck:
-    """The result of comparing edges with interventions."""
-
-    n_features: int
-    worst_feature: float
-    """Largest difference in a feature's pre-activation."""
-    worst_logit: float
-    """Largest difference in a logit less the mean logit."""
-    largest_edge: float
-    """Largest edge out of the checked features, for scale."""
-
-    @property
-    def relative(self) -> float:
-        """The worst difference as a share of the largest edge, or of 1 if all edges are smaller."""
-        return max(self.worst_feature, self.worst_logit) / max(1.0, self.largest_edge)
 
 
 def verify_edges(replaced: LocalReplacementModel, graph: AttributionGraph, nodes: list[int]) -> EdgeCheck:

@@ -2,17 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from circuitmill.graphs.graph import AttributionGraph, EdgeCheck
 from circuitmill.graphs.prompts import last_position
 from circuitmill.graphs.prune import Scores
 from circuitmill.graphs.truth import Circuit, Concept, Named, check_concept
 from circuitmill.stores.graphs import graph_features, rounded
-
-if TYPE_CHECKING:
-    from circuitmill.graphs.graph import AttributionGraph
 
 SCORES = ("replacement_score", "completeness", "unattributed")
 
@@ -41,10 +39,10 @@ def expectation(kind: str, circuit: Circuit, tokenizer: PreTrainedTokenizerBase)
 
 def record(
     name: str,
-    graph: "AttributionGraph",
+    graph: AttributionGraph,
     document: Mapping[str, Any],
     scores: Scores,
-    edge_check: Mapping[str, float] | None,
+    edge_check: EdgeCheck | None,
     expected: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The figures of one graph.
@@ -68,10 +66,20 @@ def record(
         "n_links": len(document["links"]),
         "prediction": targets[0],
         "targets": targets,
-        "edge_check": None if edge_check is None else {key: rounded(value) for key, value in edge_check.items()},
+        "edge_check": edge_check and _figures(edge_check),
         "kind": None if expected is None else expected["kind"],
         "expected": expected,
         "predicted": None if expected is None else targets[0]["token"] in expected["first_tokens"],
+    }
+
+
+def _figures(check: EdgeCheck) -> dict[str, Any]:
+    return {
+        "n_features": check.n_features,
+        "worst_feature": rounded(check.worst_feature),
+        "worst_logit": rounded(check.worst_logit),
+        "largest_edge": rounded(check.largest_edge),
+        "relative": rounded(check.relative),
     }
 
 

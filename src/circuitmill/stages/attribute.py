@@ -85,16 +85,15 @@ def run_unit(
         max_feature_nodes=cfg.max_feature_nodes,
     )
     pruned, found = prune(graph, cfg.node_threshold, cfg.edge_threshold), scores(graph)
-    edge_check = None
+    check = None
     if cfg.verify_edges:
         most = pruned.influence[: graph.n_features].argsort(stable=True)[: cfg.verify_edges]
         check = verify_edges(replaced, graph, most.tolist())
-        edge_check = {**dataclasses.asdict(check), "relative": check.relative}
         _require_edges(check.relative, prompt)
     kept = graph.features[pruned.nodes[: graph.n_features]]
     labels = _labels(inputs["interpret"], {(layer, feature) for layer, _, feature in kept.tolist()})
     document = graph_document(graph, pruned, found, slug=prompt, node_threshold=cfg.node_threshold, labels=labels)
-    figures = summary.record(prompt, graph, document, found, edge_check, expected)
+    figures = summary.record(prompt, graph, document, found, check, expected)
     write_json(output.path("graph.json"), document)
     write_json(output.path("scores.json"), figures)
     return output.finish({key: figures[key] for key in (*summary.SCORES, "n_active", "n_nodes", "n_links")})

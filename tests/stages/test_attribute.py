@@ -1,0 +1,342 @@
+"""Stage attribute on a random model, transcoder and truth; the stores of features and explanations are stand-ins."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from circuitmill.config.attribute import AttributeConfig
+from circuitmill.config.model import ModelConfig
+from circuitmill.core.transcoder import Transcoder
+from circuitmill.errors import ConfigError, DivergedError, UpstreamError
+from circuitmill.graphs import interventions
+from circuitmill.graphs.graph import EdgeCheck
+from circuitmill.stages import attribute
+from circuitmill.stores.clt import save_clt
+from circuitmill.stores.graphs import cantor, read_json
+from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest
+
+N_LAYERS, N_FEATURES = 2, 20
+PROMPT = "The state of Dallas is"
+Upstreams = dict[str, Path | None]
+
+CFG = AttributeConfig(
+    model=ModelConfig("toyworld", "toyworld", "", "float32"),
+    circuits={"two_hop": 2},
+    prompts={"mine": "Some other text"},
+    max_logits=4,
+    logit_mass=0.9,
+    max_feature_nodes=500,
+    node_threshold=0.8,
+    edge_threshold=0.98,
+    verify_edges=2,
+    feature_windows=2,
+)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The configuration of a stage that is not under test."""
+
+
+def text_of(layer: int, feature: int) -> str:
+    return "fires on “Texas”" if feature % 5 == 0 else f"feature {feature} of layer {layer}"
+
+
+class Features:
+    """All features, with one window each, as the store gives them."""
+
+    n_layers, n_features = N_LAYERS, N_FEATURES
+
+    @classmethod
+    def open(cls, manifest: Manifest) -> "Features":
+        assert manifest.stage == "features"
+        return cls()
+
+    def features(self) -> pa.Table:
+        shared = {
+            "density": 0.1,
+            "act_max": 2.0,
+            "histogram": [1, 2],
+            "histogram_edges": [0.0, 1.0, 2.0],
+            "quantile_values": [0.5],
+            "top_logits": [{"token": 7, "text": " Texas", "value": 1.0}],
+            "bottom_logits": [{"token": 8, "text": "x", "value": -1.0}],
+        }
+        keys = [(layer, feature) for layer in range(N_LAYERS) for feature in range(N_FEATURES)]
+        return pa.Table.from_pylist([{"layer": layer, "feature": feature, **shared} for layer, feature in keys])
+
+    def windows_of(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
+        row = {
+            "split": "train",
+            "kind": "top",
+            "rank": 0,
+            "quantile": -1,
+            "texts": ["a", "b"],
+            "activations": [0.0, 1.5],
+            "peak": 1,
+        }
+        return {key: [{**row, "texts": [str(key), "b"]}] for key in wanted}
+
+
+class Explanations:
+    """An explanation for every feature."""
+
+    @classmethod
+    def open(cls, manifest: Manifest) -> "Explanations":
+        assert manifest.stage == "interpret"
+        return cls()
+
+    def rows(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], dict[str, Any]]:
+        return {key: {"explanation": text_of(*key)} for key in wanted}
+
+
+@pytest.fixture(autouse=True)
+def stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attribute, "FeatureStore", Features)
+    monkeypatch.setattr(attribute, "ExplanationStore", Explanations)
+
+
+def circuit(prompt: str = PROMPT, name: str = "Texas") -> dict:
+    concept = {"name": name, "words": [name], "after": "Dallas"}
+    return {"prompt": prompt, "answer": " Austin", "answers": [" Austin"], "concepts": [concept]}
+
+
+def finish(stage: str, out: Path, inputs: dict[str, Manifest], fill: Callable[[Path], None]) -> Manifest:
+    output = StageOutput(stage, Nothing(), inputs, out)
+    fill(out)
+    return output.finish({})
+
+
+@pytest.fixture(scope="session")
+def upstreams(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Upstreams:
+    """Manifests of everything that attribute reads."""
+    root = tmp_path_factory.mktemp("upstreams")
+
+    def toyworld(out: Path) -> None:
+        shutil.copytree(tiny_model_dir, out / "model")
+        circuits = {"two_hop": [circuit(), circuit(name="Nowhere")], "long": [circuit("Dallas" + "a" * 40)]}
+        (out / "truth.json").write_text(json.dumps({"format": 1, "tasks": {}, "circuits": circuits}))
+
+    def train(out: Path) -> None:
+        torch.manual_seed(3)
+        transcoder = Transcoder(N_LAYERS, N_FEATURES, 16)
+        with torch.no_grad():
+            for parameter in transcoder.parameters():
+                parameter.normal_(std=0.3)
+            transcoder.log_threshold.fill_(-1.0)
+        save_clt(out / "model", transcoder, scan="./data/features", model_name="tiny")
+
+    made: dict[str, Manifest] = {}
+    for stage, needs, fill in (
+        ("toyworld", (), toyworld),
+        ("tokenize", ("toyworld",), lambda out: None),
+        ("train", (), train),
+        ("features", ("toyworld", "tokenize", "train"), lambda out: None),
+        ("interpret", ("features",), lambda out: None),
+    ):
+        made[stage] = finish(stage, root / stage, {name: made[name] for name in needs}, fill)
+    return {name: manifest.folder / "manifest.json" for name, manifest in made.items()}
+
+
+def make_units(cfg: AttributeConfig, upstreams: Upstreams, out: Path) -> None:
+    for prompt in cfg.units():
+        attribute.run_unit(cfg, prompt=prompt, **upstreams, out=out / "prompt" / prompt)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, upstreams: Upstreams) -> Path:
+    """The whole stage's output."""
+    out = tmp_path_factory.mktemp("attribute")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attribute, "FeatureStore", Features)
+        patch.setattr(attribute, "ExplanationStore", Explanations)
+        make_units(CFG, upstreams, out)
+        attribute.run(CFG, **upstreams, out=out)
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    shutil.copytree(finished, tmp_path / "attribute")
+    return tmp_path / "attribute"
+
+
+def test_manifest_counts(finished: Path) -> None:
+    manifest = load_manifest(finished / "manifest.json", "attribute")
+    manifest.verify()
+    counts = manifest.counts
+    assert counts["n_graphs"] == 3
+    assert set(counts["circuits"]) == {"two_hop"}
+    assert counts["circuits"]["two_hop"]["graphs"] == counts["circuits"]["two_hop"]["concepts"] == 2
+    assert 0 < counts["mean_replacement_score"] < 1 and 0 < counts["mean_completeness"] < 1
+    assert 0 < counts["mean_unattributed"] < 1
+    assert 0 <= counts["worst_edge_error"] < 1e-4
+
+
+def test_index_lists_every_graph_in_order(finished: Path) -> None:
+    graphs = read_json(finished / "graph-metadata.json")["graphs"]
+    assert [graph["slug"] for graph in graphs] == list(CFG.units())
+    assert graphs[0]["prompt"] == PROMPT
+    assert "".join(graphs[0]["prompt_tokens"][1:]) == PROMPT
+    assert {graph["scan"] for graph in graphs} == {"./data/features"}
+
+
+def test_explanations_are_in_the_graphs(finished: Path) -> None:
+    for name in CFG.units():
+        document = read_json(finished / "graph_data" / f"{name}.json")
+        labels = {
+            node["node_id"]: node["clerp"]
+            for node in document["nodes"]
+            if node["feature_type"] == "cross layer transcoder"
+        }
+        assert len(labels) > 5
+        for node_id, label in labels.items():
+            layer, feature, _ = map(int, node_id.split("_"))
+            assert label == text_of(layer, feature)
+
+
+def test_there_is_a_file_for_every_feature_in_a_graph_and_no_other(finished: Path) -> None:
+    wanted = {
+        node["feature"]
+        for name in CFG.units()
+        for node in read_json(finished / "graph_data" / f"{name}.json")["nodes"]
+        if node["feature_type"] == "cross layer transcoder"
+    }
+    assert {int(path.stem) for path in (finished / "features").iterdir()} == wanted
+    names = {cantor(layer, feature): (layer, feature) for layer in range(2) for feature in range(N_FEATURES)}
+    for index in wanted:
+        document = read_json(finished / "features" / f"{index}.json")
+        assert (document["layer"], document["feature"]) == names[index]
+        assert document["explanation"] == text_of(*names[index])
+        assert document["examples_quantiles"][0]["examples"][0]["tokens"] == [str(names[index]), "b"]
+        assert document["top_logits"] == [" Texas"]
+
+
+def test_summary_says_where_a_concept_is_named_and_how(finished: Path) -> None:
+    first, second, mine = read_json(finished / "summary.json")["prompts"]
+    (texas,), (nowhere,) = first["concepts"], second["concepts"]
+    assert texas["found"] and texas["expected_pos"] == len("The state of Dallas")
+    assert (nowhere["found"], nowhere["best"]) == (False, None)
+    assert texas["best"]["top_logits"] == [" Texas"]
+    assert first["expected"]["answers"] == [" Austin"] and first["predicted"] is False
+    assert (mine["kind"], mine["expected"], mine["predicted"], mine["concepts"]) == (None, None, None, [])
+    counts = read_json(finished / "summary.json")["circuits"]["two_hop"]
+    assert (counts["concepts"], counts["concepts_found"]) == (2, 1)
+
+
+def test_a_prompt_has_its_graph_scores_and_edge_check(finished: Path, upstreams: Upstreams) -> None:
+    unit = load_manifest(finished / "prompt" / "two_hop-00" / "manifest.json", "attribute", "two_hop-00")
+    assert set(unit.files) == {"graph.json", "scores.json"}
+    figures = read_json(unit.file("scores.json"))
+    assert figures["name"] == "two_hop-00" and figures["prompt"] == PROMPT
+    assert figures["edge_check"]["n_features"] == 2 and figures["edge_check"]["relative"] < 1e-4
+    assert figures["prediction"] == figures["targets"][0]
+    assert figures["n_nodes"] == unit.counts["n_nodes"] > figures["n_links"] ** 0.5
+    assert set(unit.inputs) == set(upstreams)
+
+
+def test_same_inputs_give_the_same_bytes(finished: Path, upstreams: Upstreams, tmp_path: Path) -> None:
+    unit = attribute.run_unit(CFG, prompt="mine", **upstreams, out=tmp_path)
+    there = load_manifest(finished / "prompt" / "mine" / "manifest.json", "attribute", "mine")
+    assert unit.files == there.files and unit.digest == there.digest
+
+
+def test_gathering_again_changes_nothing(copy: Path, upstreams: Upstreams) -> None:
+    before = load_manifest(copy / "manifest.json")
+    assert attribute.run(CFG, **upstreams, out=copy).digest == before.digest
+
+
+def test_dtype_of_the_model_does_not_matter(finished: Path, upstreams: Upstreams, tmp_path: Path) -> None:
+    cfg = replace(CFG, model=replace(CFG.model, dtype="bfloat16"))
+    attribute.run_unit(cfg, prompt="mine", **upstreams, out=tmp_path)
+    assert (tmp_path / "graph.json").read_bytes() == (finished / "prompt/mine/graph.json").read_bytes()
+
+
+def test_missing_graph_is_named_and_earlier_results_stay(copy: Path, upstreams: Upstreams) -> None:
+    shutil.rmtree(copy / "prompt" / "mine")
+    with pytest.raises(UpstreamError, match="no such file") as caught:
+        attribute.run(CFG, **upstreams, out=copy)
+    assert "prompt/mine/manifest.json" in str(caught.value)
+    load_manifest(copy / "manifest.json", "attribute").verify()
+
+
+def test_graph_of_another_configuration_is_refused(copy: Path, upstreams: Upstreams) -> None:
+    with pytest.raises(UpstreamError, match="found one made with another configuration") as caught:
+        attribute.run(replace(CFG, node_threshold=0.7), **upstreams, out=copy)
+    assert "two_hop-00" in str(caught.value)
+    load_manifest(copy / "manifest.json", "attribute").verify()
+
+
+def test_graph_from_other_inputs_is_refused(copy: Path, upstreams: Upstreams, tmp_path: Path) -> None:
+    inputs = {"features": load_manifest(upstreams["features"])}
+    other = finish("interpret", tmp_path / "interpret", inputs, lambda out: (out / "new.txt").touch())
+    with pytest.raises(UpstreamError, match="found one made from other inputs"):
+        attribute.run(CFG, **{**upstreams, "interpret": other.folder / "manifest.json"}, out=copy)
+
+
+def unit(cfg: AttributeConfig, upstreams: Upstreams, out: Path, prompt: str, **other: Path | None) -> Manifest:
+    return attribute.run_unit(cfg, prompt=prompt, **{**upstreams, **other}, out=out)
+
+
+def test_prompt_longer_than_the_context(upstreams: Upstreams, tmp_path: Path) -> None:
+    cfg = replace(CFG, prompts={"wordy": "a" * 50})
+    with pytest.raises(ConfigError, match="at most 32 tokens.*found 51 tokens") as caught:
+        unit(cfg, upstreams, tmp_path, "wordy")
+    assert "prompt wordy" in str(caught.value)
+    with pytest.raises(ConfigError, match="at most 32 tokens"):
+        unit(replace(CFG, circuits={"long": 1}), upstreams, tmp_path, "long-00")
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_empty_prompt(upstreams: Upstreams, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one token"):
+        unit(replace(CFG, prompts={"none": ""}), upstreams, tmp_path, "none")
+
+
+def test_unknown_prompt(upstreams: Upstreams, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a prompt among two_hop-00, two_hop-01, mine; found two_hop-02"):
+        unit(CFG, upstreams, tmp_path, "two_hop-02")
+
+
+def test_more_circuits_than_there_are(upstreams: Upstreams, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 2 circuits; found 3"):
+        unit(replace(CFG, circuits={"two_hop": 3}), upstreams, tmp_path, "two_hop-02")
+    with pytest.raises(ConfigError, match="among long, two_hop; found ioi"):
+        unit(replace(CFG, circuits={"ioi": 1}), upstreams, tmp_path, "ioi-00")
+
+
+def test_circuits_without_toyworld(upstreams: Upstreams, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stage toyworld, which knows the circuits"):
+        unit(CFG, upstreams, tmp_path, "two_hop-00", toyworld=None)
+
+
+def test_a_run_without_toyworld(upstreams: Upstreams, tiny_model_dir: Path, tmp_path: Path) -> None:
+    cfg = replace(CFG, model=ModelConfig("folder", str(tiny_model_dir), "", "float32"), circuits={})
+    alone = {**upstreams, "toyworld": None}
+    make_units(cfg, alone, tmp_path)
+    assert attribute.run(cfg, **alone, out=tmp_path).counts["circuits"] == {}
+
+
+def test_missing_upstream(upstreams: Upstreams, tmp_path: Path) -> None:
+    with pytest.raises(UpstreamError, match="the manifest of stage train"):
+        unit(CFG, upstreams, tmp_path, "mine", train=tmp_path / "train" / "manifest.json")
+
+
+def test_edges_that_interventions_contradict_stop_the_stage(
+    upstreams: Upstreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = EdgeCheck(2, worst_feature=0.01, worst_logit=0.0, largest_edge=2.0)
+    monkeypatch.setattr(interventions, "verify_edges", lambda *arguments: wrong)
+    with pytest.raises(DivergedError, match="found a difference of 0.005"):
+        unit(CFG, upstreams, tmp_path, "mine")
+    assert not (tmp_path / "manifest.json").exists()
+    unit(replace(CFG, verify_edges=0), upstreams, tmp_path, "mine")
+    assert read_json(tmp_path / "scores.json")["edge_check"] is None

@@ -49,16 +49,12 @@ class CacheConfig:
         for key in positive:
             self._require(getattr(self, key) > 0, "a positive number", key)
         for key in ("train_tokens", "heldout_tokens"):
-            self._require(
-                getattr(self, key) is None or getattr(self, key) > 0, "a positive number or null", key
-            )
+            self._require(getattr(self, key) is None or getattr(self, key) > 0, "a positive number or null", key)
         self._require(1 <= self.compression_level <= 22, "a level from 1 to 22", "compression_level")
 
     def _require(self, good: bool, expected: str, key: str) -> None:
         if not good:
-            raise ConfigError(
-                expected, found=repr(getattr(self, key)), where=f"cache.{key}", fix="change the value"
-            )
+            raise ConfigError(expected, found=repr(getattr(self, key)), where=f"cache.{key}", fix="change the value")
 
     def units(self) -> tuple[str, ...]:
         """Names of the shards: split and number."""

@@ -69,9 +69,7 @@ class TokenizeConfig:
             _require(getattr(self, key) > 0, "a positive number", getattr(self, key), key, "raise it")
         for key in ("max_train_tokens", "max_heldout_tokens"):
             value = getattr(self, key)
-            _require(
-                value is None or value > 0, "a positive number or null", value, key, "raise it or set null"
-            )
+            _require(value is None or value > 0, "a positive number or null", value, key, "raise it or set null")
         if self.source != "toyworld":
             _require(
                 0 < self.heldout_fraction < 1,
@@ -103,9 +101,7 @@ class TokenizeConfig:
         )
         for file in self.files:
             good = PurePath(file).name.endswith(FILE_TYPES)
-            _require(
-                good, f"a file ending in {', '.join(FILE_TYPES)}", file, "files", "convert or rename the file"
-            )
+            _require(good, f"a file ending in {', '.join(FILE_TYPES)}", file, "files", "convert or rename the file")
 
     def _check_dataset(self) -> None:
         _require(bool(self.dataset), "a data set on the hub", self.dataset, "dataset", "name one")

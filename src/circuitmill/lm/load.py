@@ -76,9 +76,7 @@ def model_location(cfg: ModelConfig, toyworld: Path | None) -> str:
             "a model folder with config.json",
             found="none",
             where=f"model.name: {folder}",
-            fix="run stage toyworld"
-            if cfg.source == "toyworld"
-            else "give a folder written by save_pretrained",
+            fix="run stage toyworld" if cfg.source == "toyworld" else "give a folder written by save_pretrained",
         )
     return str(folder)
 
@@ -183,9 +181,7 @@ def load_language_model(cfg: ModelConfig, *, toyworld: Path | None, device: torc
     tokenizer = load_tokenizer(cfg, toyworld=toyworld)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, use_safetensors=True, **_arguments(cfg)
-        )
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, use_safetensors=True, **_arguments(cfg))
     except SafetensorError as error:
         raise StoreError(
             "whole safetensors files",

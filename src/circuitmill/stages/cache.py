@@ -1,0 +1,198 @@
+"""Stage cache: MLP inputs and outputs of every layer for every token, BOS excluded.
+
+| written | by | content |
+|---|---|---|
+| shard/<name>/activations.zarr | a shard | codes, scales and provenance (stores/activation_schema.py) |
+| shard/<name>/moments.safetensors | a shard | float64 moments of the unquantised activations |
+| shards.json | gather | name, split, tokens and manifest digest of every shard, in order |
+| normalization.safetensors | gather | moments of the train split and the scales that follow from them |
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int32
+
+from circuitmill import __version__, distributed
+from circuitmill.config.cache import CacheConfig
+from circuitmill.errors import ConfigError, UpstreamError
+from circuitmill.lm.capture import capture_mlp
+from circuitmill.lm.hookpoints import FEATURE_INPUT, FEATURE_OUTPUT
+from circuitmill.lm.load import LanguageModel, load_language_model, tokenizer_digest
+from circuitmill.logs import progress
+from circuitmill.stores.activation_schema import GROUP, PLACES, chunk_rows
+from circuitmill.stores.activation_writer import Layout, ShardWriter, nmse
+from circuitmill.stores.activations import NORMALIZATION, SHARDS, shard_paths
+from circuitmill.stores.files import atomic_write
+from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest, load_upstreams, plain
+from circuitmill.stores.normalization import load_moments, merge_moments, save_moments
+from circuitmill.stores.quantize import make_codec
+from circuitmill.stores.tokens import SPLITS, TokenStore
+
+
+def run_unit(cfg: CacheConfig, *, shard: str, tokenize: Path, toyworld: Path | None = None, out: Path) -> Manifest:
+    """Store the activations of one shard.
+
+    Raises:
+        ConfigError: no such shard, a budget beyond the corpus, or a tokenizer that is not the model's.
+        DivergedError: the model's activations are not finite.
+        StoreError: the token store is damaged.
+        UpstreamError: the output of an earlier stage is missing or stale.
+    """
+    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize)
+    store = TokenStore.open(upstreams["tokenize"])
+    slices = cfg.slices({split: store.n_sequences(split) for split in SPLITS}, store.context)
+    if shard not in slices:
+        raise ConfigError(f"a shard among {', '.join(slices)}", found=shard, where="--shard", fix="name one of these")
+    output = StageOutput("cache", cfg, upstreams, out, unit=shard)
+    world = upstreams.get("toyworld")
+    lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=distributed.device())
+    _require_same_tokenizer(lm, store)
+    split, start, stop = slices[shard]
+    tokens = store.read(split, start, stop)
+    writer = _writer(cfg, output, lm, store, tokens, start)
+    _fill(writer, lm, tokens, cfg.batch_sequences)
+    counts = writer.finish()
+    size = sum(path.stat().st_size for path in output.path(GROUP).rglob("*") if path.is_file())
+    return output.finish(
+        {
+            **counts,
+            "split": split,
+            "sequences": [start, stop],
+            "model_digest": lm.digest,
+            "n_layers": lm.n_layers,
+            "d_model": lm.d_model,
+            "bytes": size,
+        }
+    )
+
+
+def _require_same_tokenizer(lm: LanguageModel, store: TokenStore) -> None:
+    counts = store.manifest.counts
+    found = tokenizer_digest(lm.tokenizer)
+    if (found, lm.bos_id) != (counts["tokenizer_digest"], store.bos_id):
+        raise ConfigError(
+            f"the tokenizer that made the token store ({counts['tokenizer_digest'][:12]}, BOS {store.bos_id})",
+            found=f"{found[:12]}, BOS {lm.bos_id}",
+            where=f"cache.model.name: {lm.name}",
+            fix="tokenize again with this model's tokenizer",
+        )
+
+
+def _writer(
+    cfg: CacheConfig,
+    output: StageOutput,
+    lm: LanguageModel,
+    store: TokenStore,
+    tokens: Int32[np.ndarray, "sequence pos"],
+    first: int,
+) -> ShardWriter:
+    sequence, position = np.nonzero(tokens != lm.bos_id)
+    codec = make_codec(cfg.codec, lm.n_layers, lm.d_model, cfg.group_channels)
+    chunk = chunk_rows(codec, len(sequence), cfg.chunk_bytes)
+    return ShardWriter(
+        output,
+        codec,
+        Layout(chunk, cfg.chunks_per_file, cfg.calibration_tokens, cfg.compression_level),
+        {"sequence": sequence + first, "position": position, "token_id": tokens[sequence, position]},
+        {
+            "model": lm.name,
+            "model_revision": cfg.model.revision,
+            "model_digest": lm.digest,
+            "dtype": cfg.model.dtype,
+            "hookpoints": {"inputs": FEATURE_INPUT, "outputs": FEATURE_OUTPUT},
+            "tokenizer_digest": store.manifest.counts["tokenizer_digest"],
+            "context": store.context,
+            "bos_id": lm.bos_id,
+            "n_layers": lm.n_layers,
+            "d_model": lm.d_model,
+            "calibration_tokens": cfg.calibration_tokens,
+            "code_version": __version__,
+        },
+    )
+
+
+def _fill(
+    writer: ShardWriter, lm: LanguageModel, tokens: Int32[np.ndarray, "sequence pos"], batch_sequences: int
+) -> None:
+    """Run the model over what is not written yet.
+
+    Batches lie where they would in an unbroken run, so that a continued one computes the same numbers.
+    """
+    keep = tokens != lm.bos_id
+    ends = np.cumsum(keep.sum(axis=1))
+    done = writer.rows_done
+    first = int(np.searchsorted(ends, done, side="right"))
+    with progress("caching", total=writer.n_rows, unit="tokens", done=done) as bar:
+        for low in range(first // batch_sequences * batch_sequences, len(tokens), batch_sequences):
+            rows = slice(low, low + batch_sequences)
+            inputs, outputs = capture_mlp(lm, torch.from_numpy(tokens[rows].astype(np.int64)))
+            mask = torch.from_numpy(keep[rows]).to(inputs.device)
+            before = int(ends[low - 1]) if low else 0
+            new = slice(max(done - before, 0), None)
+            kept = inputs[mask][new]
+            writer.append(kept, outputs[mask][new])
+            bar.advance(len(kept))
+
+
+def run(cfg: CacheConfig, *, tokenize: Path, toyworld: Path | None = None, out: Path) -> Manifest:
+    """Gather the shards: check that they belong together and compute the normalisation of the train split.
+
+    Raises:
+        DivergedError: a layer's activations are all zero.
+        StoreError: a shard's moments are damaged.
+        UpstreamError: a shard is missing, or was made with another configuration, model or token store.
+    """
+    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize)
+    names = cfg.units()
+    units = [load_manifest(path, "cache", name) for name, path in zip(names, shard_paths(out, names), strict=True)]
+    output = StageOutput("cache", cfg, upstreams, out, keep=("shard",))
+    _require_matching(units, plain(cfg), {name: manifest.digest for name, manifest in upstreams.items()})
+    listed = [
+        {
+            "name": name,
+            "split": unit.counts["split"],
+            "tokens": unit.counts["tokens"],
+            "digest": unit.digest,
+        }
+        for name, unit in zip(names, units, strict=True)
+    ]
+    atomic_write(output.path(SHARDS), json.dumps(listed, indent=1) + "\n")
+    train = [unit for unit in units if unit.counts["split"] == "train"]
+    moments = merge_moments(load_moments(unit.file("moments.safetensors")) for unit in train)
+    save_moments(output.path(NORMALIZATION), *moments, scales=True)
+    counts = [unit.counts for unit in units]
+    values = 2 * counts[0]["n_layers"] * counts[0]["d_model"] * sum(entry["tokens"] for entry in counts)
+    size = sum(entry["bytes"] for entry in counts)
+    return output.finish(
+        {
+            "tokens": {split: sum(entry["tokens"] for entry in counts if entry["split"] == split) for split in SPLITS},
+            "n_layers": counts[0]["n_layers"],
+            "d_model": counts[0]["d_model"],
+            "model_digest": counts[0]["model_digest"],
+            "codec": cfg.codec,
+            "bytes": size,
+            "bits_per_value": round(8 * size / values, 3),
+            "nmse": {place: nmse(counts, place) for place in PLACES},
+        }
+    )
+
+
+def _require_matching(units: list[Manifest], config: dict, inputs: dict[str, str]) -> None:
+    """All shards of one configuration, one token store and one model."""
+    first = units[0]
+    for unit in units:
+        for what, found, expected in (
+            ("configuration", unit.config, config),
+            ("upstream digests", unit.inputs, inputs),
+            ("model digest", unit.counts["model_digest"], first.counts["model_digest"]),
+        ):
+            if found != expected:
+                raise UpstreamError(
+                    f"shard {unit.unit} with this run's {what}",
+                    found="another",
+                    where=unit.folder / NAME,
+                    fix=f"run shard {unit.unit} of stage cache again",
+                )

@@ -1,0 +1,159 @@
+"""First and second moments of activations: taken while they are written, merged over shards, turned into scales.
+
+`moments.safetensors` (a shard) and `normalization.safetensors` (all train shards) hold float64 tensors
+
+    count              []               tokens
+    input_mean         [layer d_model]  mean of the unquantised MLP inputs
+    input_m2           [layer d_model]  sum of squared deviations from that mean
+    input_sum_squares  [layer]          sum over tokens of ||x||^2
+    output_mean, output_m2, output_sum_squares: the same for MLP outputs
+
+and the latter also `input_scale` and `output_scale` [layer], the factors s with E||s x||^2 = d_model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float64
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from circuitmill.errors import DivergedError, StoreError
+from circuitmill.stores.files import atomic_write
+
+_BLOCK_VALUES = 2**18
+"""Numbers that are summed in float32; also what stays in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations per layer and channel."""
+
+    count: int
+    mean: Float64[Tensor, "layer d_model"]
+    m2: Float64[Tensor, "layer d_model"]
+
+    @property
+    def sum_squares(self) -> Float64[Tensor, " layer"]:
+        """Sum over tokens of ||x||^2 = sum over channels of m2 + count mean^2."""
+        return (self.m2 + self.count * self.mean.square()).sum(dim=1)
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Moments of both sets of tokens together (Chan, Golub, LeVeque 1979)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
+        return Moments(count, mean, m2)
+
+
+def moments_of(x: Float[Tensor, "token layer d_model"], what: str) -> Moments:
+    """Moments of some activations: in float32 within blocks of tokens, merged in float64.
+
+    Args:
+        what: "input" or "output", for the message.
+
+    Raises:
+        DivergedError: an activation is not finite.
+    """
+    rows = max(1, _BLOCK_VALUES // x[0].numel())
+    first, *rest = (_block_moments(block.to(torch.float32)) for block in x.split(rows))
+    moments = reduce(Moments.merged, rest, first)
+    finite = torch.isfinite(moments.m2).all(dim=1)
+    if not bool(finite.all()):
+        layers = [index for index, good in enumerate(finite.tolist()) if not good]
+        raise DivergedError(
+            f"finite MLP {what}s",
+            found="NaN or infinity",
+            where=f"layer {', '.join(map(str, layers))} of the model",
+            fix="run the model in float32 (model.dtype) or check its weights",
+        )
+    return moments
+
+
+def _block_moments(x: Float[Tensor, "token layer d_model"]) -> Moments:
+    mean = x.mean(dim=0)
+    m2 = (x - mean).square_().sum(dim=0)
+    return Moments(len(x), mean.double().cpu(), m2.double().cpu())
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What training divides by: one factor per layer for inputs and one for outputs, and the means."""
+
+    input_scale: Float[Tensor, " layer"]
+    output_scale: Float[Tensor, " layer"]
+    input_mean: Float[Tensor, "layer d_model"]
+    output_mean: Float[Tensor, "layer d_model"]
+
+
+def save_moments(path: Path, inputs: Moments, outputs: Moments, *, scales: bool = False) -> None:
+    """Write moments, and with `scales` the normalisation that follows from them.
+
+    Raises:
+        DivergedError: activations of a layer are all zero, so that no scale exists.
+    """
+    tensors = {"count": torch.tensor(inputs.count, dtype=torch.int64)}
+    for name, moments in (("input", inputs), ("output", outputs)):
+        tensors[f"{name}_mean"], tensors[f"{name}_m2"] = moments.mean, moments.m2
+        tensors[f"{name}_sum_squares"] = moments.sum_squares
+        if scales:
+            tensors[f"{name}_scale"] = _scale(moments, name)
+    atomic_write(path, save({key: value.contiguous() for key, value in tensors.items()}))
+
+
+def _scale(moments: Moments, name: str) -> Float64[Tensor, " layer"]:
+    mean_square = moments.sum_squares / moments.count
+    silent = [index for index, value in enumerate(mean_square.tolist()) if value == 0]
+    if silent:
+        raise DivergedError(
+            f"MLP {name}s that are not all zero",
+            found=f"all zero over {moments.count} tokens",
+            where=f"layer {', '.join(map(str, silent))} of the model",
+            fix="check the model's weights",
+        )
+    return (moments.mean.shape[1] / mean_square).sqrt()
+
+
+def _load(path: Path, rerun: str) -> dict[str, Tensor]:
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise StoreError("a whole safetensors file", found=str(error), where=path, fix=rerun) from error
+
+
+def load_moments(path: Path) -> tuple[Moments, Moments]:
+    """Moments of inputs and outputs.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    tensors = _load(path, "delete the shard's manifest.json and rerun stage cache")
+    count = int(tensors["count"])
+    return (
+        Moments(count, tensors["input_mean"], tensors["input_m2"]),
+        Moments(count, tensors["output_mean"], tensors["output_m2"]),
+    )
+
+
+def load_normalization(path: Path) -> Normalization:
+    """The factors and means that training uses, in float32.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    tensors = _load(path, "rerun stage cache")
+    names = ("input_scale", "output_scale", "input_mean", "output_mean")
+    return Normalization(**{name: tensors[name].to(torch.float32) for name in names})
+
+
+def merge_moments(parts: Iterable[tuple[Moments, Moments]]) -> tuple[Moments, Moments]:
+    """Moments over all parts, merged in their order."""
+    (inputs, outputs), *rest = parts
+    for more_inputs, more_outputs in rest:
+        inputs, outputs = inputs.merged(more_inputs), outputs.merged(more_outputs)
+    return inputs, outputs

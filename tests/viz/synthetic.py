@@ -30,7 +30,7 @@ def explanation(layer: int, feature: int) -> str:
     city, state, capital = rng.choice(CITIES)
     return rng.choice(
         [
-            f"fires on “{city}”; promotes {state}",
+            f'fires on "{city}", "Waco", "Houston"; promotes " {state}"',
             f"end of city names in {state}",
             "fires on “ of the state”",
             f"promotes {capital}, {state}",

@@ -41,7 +41,9 @@
     for (const [name, value] of Object.entries(attributes || {})) {
       if (value === null || value === undefined || value === false) continue;
       if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-      else if (name === "style") Object.assign(node.style, value);
+      else if (name === "style")
+        for (const [property, setting] of Object.entries(value))
+          property.startsWith("--") ? node.style.setProperty(property, setting) : (node.style[property] = setting);
       else node.setAttribute(name, value === true ? "" : value);
     }
     node.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
@@ -86,8 +88,8 @@
       return el(
         "span",
         {
-          class: "tok" + (place === window_.p && activation > 0 ? " peak" : ""),
-          style: activation > 0 ? { backgroundColor: "rgba(var(--heat), " + (0.12 + 0.58 * share).toFixed(2) + ")" } : {},
+          class: "tok" + (activation > 0 ? (place === window_.p ? " hot peak" : " hot") : ""),
+          style: activation > 0 ? { "--share": share.toFixed(3) } : null,
           title: activation > 0 ? "activation " + circuitmill.number(activation) : null,
         },
         texts[index].replace(/\n/g, "⏎")

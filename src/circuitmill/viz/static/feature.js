@@ -32,6 +32,21 @@
     return views;
   }
 
+  /** A link per graph, to the first of the nodes it is there. */
+  function inGraphs(graphs) {
+    const byName = new Map();
+    for (const [name, node, prompt] of graphs) byName.set(name, [...(byName.get(name) || []), { node, prompt }]);
+    const items = [...byName].map(([name, places]) =>
+      el(
+        "li",
+        {},
+        el("a", { href: "graph.html#" + new URLSearchParams({ prompt: name, node: places[0].node }) }, places[0].prompt),
+        places.length > 1 ? " at " + places.length + " positions" : ""
+      )
+    );
+    return el("ul", { class: "facts" }, items);
+  }
+
   function view(record, index, at) {
     const { layer, feature } = record;
     document.title = "Feature " + layer + "/" + feature;
@@ -49,10 +64,7 @@
         tile("Largest activation", number(record.act_max), "mean where it fires " + number(record.act_mean))
       )
     );
-    if (record.graphs.length)
-      place.append(
-        section("In graphs", null, el("ul", { class: "facts" }, record.graphs.map(([name, node, prompt]) =>
-          el("li", {}, el("a", { href: "graph.html#" + new URLSearchParams({ prompt: name, node }) }, prompt))))));
+    if (record.graphs.length) place.append(section("In graphs", null, inGraphs(record.graphs)));
     place.append(
       el(
         "div",

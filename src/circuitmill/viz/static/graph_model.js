@@ -149,7 +149,18 @@
     return { placed, lines: line + 1 };
   }
 
-  const LABEL = { size: 6.1, height: 13, longest: 24 };
+  const LABEL = { size: 6.1, height: 13, longest: 26 };
+
+  const cut = (text, longest) => (text.length > longest ? text.slice(0, Math.max(1, longest - 1)).trimEnd() + "…" : text);
+
+  /** An explanation in the room of a label: fires on "Dallas", "Waco"; promotes " Texas" becomes Dallas, Wa… → Texas. */
+  function short(explanation, longest = LABEL.longest) {
+    const [fires, promotes] = explanation.replace(/["“”]/g, "").split("; promotes ");
+    const left = fires.replace(/^fires on /, "").trim();
+    if (!promotes) return cut(left, longest);
+    const right = " → " + cut(promotes.split(",")[0].trim(), Math.floor(longest / 2));
+    return cut(left, longest - right.length) + right;
+  }
 
   /** Labels of the most influential nodes of `of`, each where it covers no shown node and no other label. */
   function placeLabels(shown, of, frame, limit) {
@@ -160,7 +171,7 @@
     const placed = [];
     for (const node of [...of].filter((candidate) => candidate.kind === "feature").sort(importance)) {
       if (placed.length >= limit) break;
-      const text = node.label.length > LABEL.longest ? node.label.slice(0, LABEL.longest - 1).trimEnd() + "…" : node.label;
+      const text = short(node.label);
       const width = text.length * LABEL.size + 4;
       const options = [
         [node.x + 9, node.y - 6, "start"],
@@ -193,5 +204,5 @@
     return best;
   }
 
-  window.circuitmill.graph = { prepare, isShown, layout, placeLabels, neighbour, importance, MARGIN };
+  window.circuitmill.graph = { short, prepare, isShown, layout, placeLabels, neighbour, importance, MARGIN };
 })();

@@ -8,11 +8,11 @@
     node.kind === "logit" ? "" : (node.layer === null ? "" : "layer " + node.layer + ", ") + "position " + node.pos + " “" + visible(graph.tokens[node.pos]) + "”";
   const caption = (node) => (node.kind === "logit" ? "Output “" + visible(node.label) + "”" : node.kind === "embedding" ? "Token “" + visible(node.label) + "”" : node.label);
 
-  /** "L2 · Texas @ las": layer, label, token. */
-  function brief(graph, node) {
+  /** "L2 · Texas @ las": layer, label (cut to `longest` if given), token. */
+  function brief(graph, node, longest) {
     const where = node.kind === "embedding" || node.kind === "logit" ? "" : "L" + node.layer + " · ";
     const at = node.kind === "feature" || node.kind === "error" ? " @ " + visible(graph.tokens[node.pos].trim() || graph.tokens[node.pos]) : "";
-    return where + caption(node) + at;
+    return where + (longest && node.kind === "feature" ? model.short(node.label, longest) : caption(node)) + at;
   }
 
   function fact(name, value) {
@@ -23,7 +23,7 @@
     const rows = links
       .filter((link) => view.visible.has(link[end]))
       .slice(0, 60)
-      .map((link) => [brief(view.graph, link[end]), link.weight, () => view.select(link[end].id)]);
+      .map((link) => [brief(view.graph, link[end], 26), link.weight, () => view.select(link[end].id), brief(view.graph, link[end])]);
     return el(
       "section",
       { class: "links " + end },
@@ -90,7 +90,7 @@
       "li",
       {},
       chip,
-      node ? [" ", el("button", { type: "button", class: "linkish", onclick: () => view.select(node.id) }, brief(view.graph, node))] : null
+      node ? [" ", el("button", { type: "button", class: "linkish", onclick: () => view.select(node.id) }, brief(view.graph, node, 40))] : null
     );
   }
 
@@ -117,7 +117,7 @@
         el("li", {}, el("button", { type: "button", onclick: () => view.select(node.id) }, visible(node.label)),
           el("span", { class: "track" }, el("i", { style: { width: 100 * node.probability + "%" } })), el("span", { class: "value" }, percent(node.probability, 1)))))),
       el("section", {}, el("h3", {}, "Most influential features"), el("ol", { class: "strongest" }, strongest.map((node) =>
-        el("li", {}, el("button", { type: "button", class: "linkish", onclick: () => view.select(node.id) }, brief(graph, node)))))),
+        el("li", {}, el("button", { type: "button", class: "linkish", title: brief(graph, node), onclick: () => view.select(node.id) }, brief(graph, node, 40)))))),
     ];
   }
 

@@ -1,13 +1,15 @@
 /* Pinned nodes as a small graph of their own; several can be joined into one named supernode. */
 (function () {
   "use strict";
-  const { el, svg, visible, number, percent, panel } = window.circuitmill;
+  const { el, svg, number, panel, graph: model } = window.circuitmill;
   const BOX = { height: 30, gap: 16, rowGap: 30, longest: 30 };
+
+  const name = (node) => (node.kind === "feature" ? model.short(node.label) : panel.caption(node));
 
   /** One box per group and per single pinned node. */
   function boxes(view) {
     const grouped = new Set(view.groups.flatMap((group) => group.ids));
-    const single = [...view.pinned].filter((id) => !grouped.has(id)).map((id) => ({ label: panel.caption(view.graph.byId.get(id)), ids: [id] }));
+    const single = [...view.pinned].filter((id) => !grouped.has(id)).map((id) => ({ label: name(view.graph.byId.get(id)), ids: [id] }));
     const named = view.groups.map((group) => ({ ...group, group }));
     return [...named, ...single].map((box) => {
       const nodes = box.ids.map((id) => view.graph.byId.get(id));
@@ -103,7 +105,7 @@
     place.hidden = view.pinned.size === 0;
     if (place.hidden) return;
     const first = [...view.chosen][0];
-    const name = el("input", { type: "text", id: "group-name", "aria-label": "Name of the supernode", placeholder: "Name", size: 16, value: first ? panel.caption(view.graph.byId.get(first)).slice(0, 40) : "" });
+    const field = el("input", { type: "text", id: "group-name", "aria-label": "Name of the supernode", placeholder: "Name", size: 16, value: first ? name(view.graph.byId.get(first)) : "" });
     const holder = el("div", { class: "scroll" });
     place.replaceChildren(
       el(
@@ -111,7 +113,7 @@
         { class: "controls" },
         el("h2", {}, "Pinned"),
         el("span", { class: "muted small" }, view.chosen.size ? view.chosen.size + " chosen" : "Click boxes to choose them, then join them into a supernode."),
-        view.chosen.size ? [name, el("button", { type: "button", class: "plain", id: "join", onclick: () => join(view, name.value || "supernode") }, "Join")] : null,
+        view.chosen.size ? [field, el("button", { type: "button", class: "plain", id: "join", onclick: () => join(view, field.value || "supernode") }, "Join")] : null,
         view.groups.some((group) => group.ids.some((id) => view.chosen.has(id))) ? el("button", { type: "button", class: "plain", onclick: () => split(view) }, "Split") : null,
         el("button", { type: "button", class: "plain", onclick: () => { view.pinned.clear(); view.groups = []; view.refresh(); } }, "Unpin all")
       ),

@@ -49,14 +49,14 @@ def tanh_sparsity(clt, a, scale):
 
 
 def pre_activation(clt, pre):
-    """Mean over tokens of the sum of relu(threshold - h) norm."""
+    """Mean over tokens of the sum of relu(threshold - h) norm, without gradient to the norms."""
     total = torch.zeros((), dtype=torch.float64)
     for t in range(pre.shape[0]):
         for s in range(clt.n_layers):
             for i in range(clt.n_features):
                 gap = clt.log_threshold[s, i].exp() - pre[t, s, i]
                 if gap > 0:
-                    total = total + gap * norm(clt, s, i)
+                    total = total + gap * norm(clt, s, i).detach()
     return total / pre.shape[0]
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-
-from circuitmill.core import losses
 from tests.core import reference
 from tests.core.test_transcoder import random_transcoder
+
+from circuitmill.core import losses
 
 
 @pytest.fixture
@@ -71,7 +71,11 @@ def test_strongest_keeps_k_and_passes_their_gradient_only():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_means_over_equal_parts_are_the_whole(parts):
     torch.manual_seed(0)
-    pre, norms, threshold = torch.randn(8, 2, 3, dtype=torch.float64), torch.rand(2, 3).double(), torch.rand(2, 3).double()
+    pre, norms, threshold = (
+        torch.randn(8, 2, 3, dtype=torch.float64),
+        torch.rand(2, 3).double(),
+        torch.rand(2, 3).double(),
+    )
     y, y_hat = torch.randn(8, 2, 5, dtype=torch.float64), torch.randn(8, 2, 5, dtype=torch.float64)
     terms = {
         "reconstruction": lambda rows: losses.reconstruction(y[rows], y_hat[rows]),

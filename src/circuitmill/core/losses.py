@@ -46,10 +46,13 @@ def pre_activation(
 ) -> Float[Tensor, ""]:
     """Lifts features that do not fire: mean over tokens of the sum of relu(threshold - pre) * norm.
 
+    The norms are weights here and receive no gradient: otherwise the term is also lowered by shrinking the decoders of
+    rare features, which then fire and write nothing.
+
     >>> pre_activation(torch.tensor([[0.5, 2.0]]), torch.ones(2), torch.ones(2))
     tensor(0.5000)
     """
-    return ((threshold - pre).relu().sum(dim=0) * norms).sum() / pre.shape[0]
+    return ((threshold - pre).relu().sum(dim=0) * norms.detach()).sum() / pre.shape[0]
 
 
 def auxiliary(

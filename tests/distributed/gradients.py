@@ -1,0 +1,45 @@
+"""Train a few steps as one rank of a group, or as a process that never heard of a group, and write what came out.
+
+python -m tests.distributed.gradients OUT.safetensors          (torchrun's variables decide about the group)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from circuitmill import distributed
+from circuitmill.stores.tensors import write_tensors
+from circuitmill.training import parallel
+from circuitmill.training.objective import evaluate_batch
+from tests.training.helpers import batches, fresh, run, tiny
+
+CFG = tiny(tokens=192, log_tokens=32, loss__auxiliary=1.0)
+
+
+def main(out: Path) -> None:
+    """Gradients of the first batch with some features dead, then metrics and parameters after a short training."""
+    ranks = distributed.init()
+    assert dist.is_initialized() == (ranks.size > 1)
+    state = fresh(CFG)
+    dead = torch.zeros_like(state.idle, dtype=torch.bool)
+    dead[:, ::3] = True
+    with batches(CFG, ranks) as data:
+        result = evaluate_batch(state.transcoder, *data.get(0), CFG, sparsity=0.5, dead=dead)
+    result.loss.backward()
+    parallel.average_gradients(state.transcoder.parameters(), ranks)
+    norm = torch.nn.utils.clip_grad_norm_(list(state.transcoder.parameters()), 1e9)
+    found = {f"gradient.{name}": parameter.grad for name, parameter in state.transcoder.named_parameters()}
+    found["norm"] = norm
+    trained, rows = run(CFG, ranks=ranks, data=batches(CFG, ranks))
+    found["idle"] = trained.idle
+    found |= {f"trained.{name}": value.detach() for name, value in trained.transcoder.named_parameters()}
+    for key in ("loss", "loss_reconstruction", "loss_sparsity", "ev", "ev_per_layer", "l0", "dead", "grad_norm"):
+        found[f"row.{key}"] = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    write_tensors(out.with_name(f"{out.name}-{ranks.rank}.safetensors"), found)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

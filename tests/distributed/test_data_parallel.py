@@ -1,0 +1,60 @@
+"""Two gloo processes against one that never initialised torch.distributed; values pass through files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from circuitmill.stores.tensors import read_tensors
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, how in (("one", []), ("two", launch)):
+        command = [sys.executable, *how, "-m", "tests.distributed.gradients", str(folder / name)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def read(path: Path) -> dict[str, torch.Tensor]:
+        return read_tensors(path)
+
+    return {name: [read(path) for path in sorted(folder.glob(f"{name}-*"))] for name in ("one", "two")}
+
+
+def test_there_were_two_ranks_and_one_process(outcomes):
+    assert [len(outcomes[name]) for name in ("one", "two")] == [1, 2]
+
+
+def test_gradients_of_every_parameter_are_equal(outcomes):
+    (one,), two = outcomes["one"], outcomes["two"]
+    names = [name for name in one if name.startswith("gradient.")]
+    assert {"gradient.W_enc", "gradient.b_enc", "gradient.W_dec.0", "gradient.b_dec", "gradient.log_threshold"} <= set(names)
+    for name in (*names, "norm"):
+        for rank in two:
+            scale = one[name].abs().max()
+            assert scale > 0
+            assert (rank[name] - one[name]).abs().max() <= 1e-6 * scale, name
+
+
+def test_ranks_end_in_the_same_bits(outcomes):
+    first, second = outcomes["two"]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_dead_counters_and_metrics_are_those_of_the_whole_batch(outcomes):
+    (one,), (two, _) = outcomes["one"], outcomes["two"]
+    assert torch.equal(one["idle"], two["idle"])
+    for name in one:
+        if name.startswith("row."):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
+        if name.startswith("trained."):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3, msg=name)

@@ -1,0 +1,105 @@
+"""A small configuration, and activations in memory that a transcoder can learn."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from circuitmill.config.train import InitConfig, LossConfig, TrainConfig
+from circuitmill.core.scaling import Scaling
+from circuitmill.distributed import Ranks
+from circuitmill.training.batches import Batches
+from circuitmill.training.loop import train
+from circuitmill.training.state import TrainState, start
+
+ONE = Ranks(rank=0, size=1, local_rank=0)
+N_LAYERS, D_MODEL = 2, 6
+
+TINY = TrainConfig(
+    seed=0,
+    n_features=16,
+    tokens=640,
+    batch_tokens=32,
+    pool_tokens=64,
+    bandwidth=0.5,
+    threshold_derivative="chain",
+    init=InitConfig(threshold=0.1, encoder_bias="firing_rate", l0=4.0, decoder_bias="mean"),
+    loss=LossConfig(sparsity=0.1, sparsity_scale=1.0, pre_activation=1e-3, auxiliary=0.03, auxiliary_k=4),
+    lr=1e-2,
+    warmup_tokens=64,
+    decay_share=0.3,
+    beta1=0.9,
+    beta2=0.99,
+    adam_eps=1e-8,
+    clip_norm=1.0,
+    dead_tokens=64,
+    log_tokens=64,
+    checkpoint_tokens=128,
+    keep_checkpoints=2,
+    wandb=False,
+)
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    """The small configuration with changes; `loss__sparsity=1` reaches into a part."""
+    cfg = TINY
+    for key, value in changes.items():
+        if "__" in key:
+            part, key = key.split("__")
+            value = dataclasses.replace(getattr(cfg, part), **{key: value})
+            key = part
+        cfg = dataclasses.replace(cfg, **{key: value})
+    return cfg
+
+
+class Memory:
+    """Outputs are a nonlinear function of the inputs of the same and earlier layers."""
+
+    def __init__(self, batch_tokens: int = TINY.batch_tokens) -> None:
+        self.batch_tokens = batch_tokens
+        generator = torch.Generator().manual_seed(9)
+        self.mix = torch.randn(N_LAYERS, D_MODEL, D_MODEL, generator=generator)
+        self.asked: list[int] = []
+
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked.append(index)
+        x = torch.randn(self.batch_tokens, N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(index))
+        written = torch.einsum("nld,lde->nle", x, self.mix).relu()
+        return 3 * x, 0.5 * written.cumsum(dim=1)
+
+
+def scaling() -> Scaling:
+    return Scaling(torch.full((N_LAYERS,), 1 / 3), torch.tensor([0.7, 0.4]))
+
+
+def batches(cfg: TrainConfig, ranks: Ranks = ONE, source: Any = None) -> Batches:
+    return Batches(
+        source or Memory(cfg.batch_tokens),
+        scaling(),
+        batch_tokens=cfg.batch_tokens,
+        ranks=ranks,
+        device=torch.device("cpu"),
+    )
+
+
+def run(
+    cfg: TrainConfig, state: TrainState | None = None, *, source: Any = None, data: Any = None, **hooks: Any
+) -> tuple[TrainState, list]:
+    """Train in memory; returns the state and the rows of metrics."""
+    rows: list = []
+    with data or batches(cfg, source=source) as data:
+        state = state or start(cfg, *data.whole(0))
+        defaults = {
+            "ranks": ONE,
+            "log": rows.append,
+            "checkpoint": lambda state: None,
+            "advance": lambda tokens: None,
+            "stop": lambda: False,
+        }
+        train(cfg, state, data, **(defaults | hooks))
+    return state, rows
+
+
+def fresh(cfg: TrainConfig) -> TrainState:
+    with batches(cfg) as data:
+        return start(cfg, *data.whole(0))

@@ -1,0 +1,53 @@
+import json
+import os
+import signal
+
+import pytest
+
+from circuitmill.training.interrupt import StopRequest
+from circuitmill.training.monitor import MetricsFile, WandbMirror, read_metrics
+
+
+def test_rows_survive_and_later_ones_are_dropped_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, resume_step=0)
+    for step in (10, 20, 30):
+        first.log({"step": step, "ev": 0.5, "l0": [1.0, float("nan")]})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "ev"')
+    assert [row["step"] for row in read_metrics(path)] == [10, 20, 30]
+    again = MetricsFile(path, resume_step=20)
+    again.log({"step": 30, "ev": float("inf")})
+    again.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[0]["l0"] == [1.0, None] and rows[2]["ev"] is None
+
+
+def test_a_fresh_start_empties_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n')
+    MetricsFile(path, resume_step=0).close()
+    assert path.read_text() == ""
+
+
+def test_the_mirror_stays_offline_and_below_its_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    mirror = WandbMirror(tmp_path, config={"lr": 1e-3}, identity="abc123")
+    mirror.log({"step": 1, "tokens": 32, "ev": 0.5, "l0": [1.0, 2.0], "speed": None})
+    mirror.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*-abc123")
+    assert any(run.glob("*.wandb"))
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_set_a_flag_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.received == number
+    assert signal.getsignal(number) == before

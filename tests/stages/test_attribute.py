@@ -220,6 +220,16 @@ def test_there_is_a_file_for_every_feature_in_a_graph_and_no_other(finished: Pat
         assert document["top_logits"] == [" Texas"]
 
 
+def test_the_page_finds_every_feature_through_the_scan(finished: Path) -> None:
+    """As documented: the stage's folder is the page's ./data, and graphs are in ./graph_data."""
+    for graph in read_json(finished / "graph-metadata.json")["graphs"]:
+        document = read_json(finished / "graph_data" / f"{graph['slug']}.json")
+        folder = finished / graph["scan"].removeprefix("./data/")
+        features = [node for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"]
+        assert features
+        assert all((folder / f"{node['feature']}.json").is_file() for node in features)
+
+
 def test_summary_says_where_a_concept_is_named_and_how(finished: Path) -> None:
     first, second, mine = read_json(finished / "summary.json")["prompts"]
     (texas,), (nowhere,) = first["concepts"], second["concepts"]

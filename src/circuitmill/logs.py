@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 LINE_INTERVAL = 30.0
 """Seconds between two progress lines when stderr is not a terminal."""
@@ -32,6 +32,7 @@ def configure(rank: int = 0, *, verbose: bool = False) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What long work reports to."""
 

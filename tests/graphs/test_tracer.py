@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,3 +296,22 @@ def test_nothing_holds_a_replacement_model_back(build: Build) -> None:
     reference = weakref.ref(build("gpt2"))
     gc.collect()
     assert reference() is None
+
+
+def test_destructor_leaves_the_library_alone_at_exit(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(TransformerLensReplacementModel, "__del__", calls.append)
+    replaced = build("gpt2")
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    replaced.__del__()
+    assert calls == []
+    monkeypatch.undo()
+    monkeypatch.setattr(TransformerLensReplacementModel, "__del__", calls.append)
+    replaced.__del__()
+    assert calls == [replaced]
+    calls.clear()
+
+
+def test_the_broken_backend_is_never_imported() -> None:
+    assert "circuit_tracer" in sys.modules
+    assert not [name for name in sys.modules if name.split(".")[0] == "nnsight"]

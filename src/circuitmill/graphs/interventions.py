@@ -31,15 +31,8 @@ def verify_edges(replaced: LocalReplacementModel, graph: AttributionGraph, nodes
         for node, factor in product(nodes, FACTORS):
             layer, pos, index = graph.features[node].tolist()
             column = graph.adjacency[:, node]
-            changed, logits = _read(
-                *replaced.feature_intervention(
-                    ids,
-                    [(layer, pos, index, graph.activations[node].item() * factor)],
-                    constrained_layers=range(graph.n_layers),
-                    apply_activation_function=False,
-                ),
-                graph,
-            )
+            value = graph.activations[node].item() * factor
+            changed, logits = _read(*replaced.set_feature(ids, layer, pos, index, value), graph)
             gap = changed - base - (factor - 1) * column[: graph.n_features]
             worst_feature = max(worst_feature, gap.abs().max().item())
             gap = logits - base_logits - (factor - 1) * column[graph.logits]

@@ -25,6 +25,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from circuit_tracer.attribution.attribute import attribute
@@ -123,8 +124,8 @@ class GroupedContext(AttributionContext):
         self,
         hook_name: str,
         output_vecs: Tensor,
-        write_index: slice | Tensor,
-        read_index: slice | tuple[slice, Tensor] = slice(None),
+        write_index: Any,
+        read_index: Any = slice(None),
     ) -> tuple[str, Callable]:
         if not isinstance(read_index, tuple):
             return super()._compute_score_hook(hook_name, output_vecs, write_index, read_index)
@@ -167,6 +168,18 @@ class LocalReplacementModel(TransformerLensReplacementModel):
     ) -> tuple[Tensor, Tensor]:
         """Logits and feature activations of one prompt; the library is wrong on a batch."""
         return super().get_activations(self.ensure_tokenized(inputs), sparse, apply_activation_function)
+
+    def set_feature(
+        self, ids: Int[Tensor, " pos"], layer: int, pos: int, feature: int, value: float
+    ) -> tuple[Float[Tensor, "1 pos d_vocab"], Float[Tensor, "layer pos feature"]]:
+        """Logits and pre-activations with a feature at a value and attention, norms and MLPs frozen."""
+        logits, activations = self.feature_intervention(
+            self.ensure_tokenized(ids),
+            [(layer, pos, feature, value)],
+            constrained_layers=range(self.cfg.n_layers),
+            apply_activation_function=False,
+        )
+        return logits, cast(Tensor, activations)
 
     def __del__(self) -> None:
         """Release hooks, unless the interpreter is already taking the library apart."""
@@ -244,7 +257,7 @@ def replacement_model(
     config = HookedTransformerConfig(
         **fields, n_ctx=len(probe), device=str(model.device), dtype=torch.float32, init_weights=False
     )
-    replaced = LocalReplacementModel.from_config(config, clt)
+    replaced = cast(LocalReplacementModel, LocalReplacementModel.from_config(config, clt))
     # TransformerLens would reopen the tokenizer by name and change its special tokens
     replaced.tokenizer = copy.deepcopy(tokenizer)
     replaced.tokenizer.padding_side = "right"
@@ -321,11 +334,11 @@ def trace(
     probabilities = found.logit_probabilities.tolist()
     selected, targets = found.selected_features, found.logit_token_ids.tolist()
     features, activations = found.active_features[selected].cpu(), found.activation_values[selected].cpu()
-    tokens = tuple(ids.tolist())
+    tokens, tokenizer = tuple(ids.tolist()), cast(PreTrainedTokenizerBase, replaced.tokenizer)
     return AttributionGraph(
         prompt=prompt,
         tokens=tokens,
-        token_texts=tuple(replaced.tokenizer.decode([token]) for token in tokens),
+        token_texts=tuple(tokenizer.decode([token]) for token in tokens),
         n_layers=replaced.cfg.n_layers,
         n_active=len(found.active_features),
         features=features,
@@ -361,6 +374,6 @@ def _unattributed(
     columns = replaced.unembed_proj[:, targets] - replaced.unembed_proj.mean(dim=1, keepdim=True)
     layers, _, index = features.T
     linear = torch.zeros(len(adjacency))
-    linear[: len(features)] = activations - replaced.transcoders.b_enc.cpu()[layers, index]
+    linear[: len(features)] = activations - replaced.transcoders.get_parameter("b_enc").cpu()[layers, index]
     linear[len(adjacency) - len(targets) :] = (residual[0] @ columns).cpu()
     return linear - adjacency.sum(dim=1)

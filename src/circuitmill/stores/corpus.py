@@ -4,7 +4,7 @@ Text is UTF-8, and a file that is not says at which byte. Nothing is skipped but
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -76,33 +76,33 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from _split(file)
             return
         try:
-            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as reader:
-                yield from _split(_Buffered(reader))
-        except (zstandard.ZstdError, EOFError) as error:
+            yield from _split(_decompressed_lines(file))
+        except zstandard.ZstdError as error:
             raise StoreError(
                 "a whole zstd file", found=str(error), where=path, fix="copy or download the file again"
             ) from error
 
 
-class _Buffered:
-    """Lines of a stream that offers only read()."""
-
-    def __init__(self, stream: object) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        rest = b""
-        while chunk := self._stream.read(2**20):  # type: ignore[attr-defined]
-            *lines, rest = (rest + chunk).split(b"\n")
+def _decompressed_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a zstd file of any number of frames; its stream readers take a truncated one for its end."""
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+    while chunk := file.read(2**20):
+        while chunk:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
             for line in lines:
                 yield line + b"\n"
-        if rest:
-            yield rest
+            chunk = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise zstandard.ZstdError("the file ends inside a frame")
+    if rest:
+        yield rest
 
 
-def _split(stream: BinaryIO | _Buffered) -> Iterator[tuple[int, bytes]]:
+def _split(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     start = 0
-    for line in stream:
+    for line in lines:
         content = line.removeprefix(_BOM) if start == 0 else line
         yield start, content.rstrip(b"\r\n")
         start += len(line)

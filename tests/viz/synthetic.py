@@ -9,7 +9,7 @@ import random
 from circuitmill.stores.graphs import ERROR_NODE, FEATURE_NODE, cantor
 from circuitmill.viz.evaluation_view import Evaluation, TaskRow
 
-N_LAYERS, N_FEATURES = 4, 256
+N_LAYERS, N_FEATURES = 4, 128
 BOS = "<|endoftext|>"
 NASTY = "</script><img src=x onerror=alert(1)>"
 CITIES = [("Dallas", "Texas", "Austin"), ("Miami", "Florida", "Tallahassee"), ("Fargo", "North Dakota", "Bismarck")]
@@ -215,6 +215,12 @@ def evaluation(l0: float = 28.0) -> Evaluation:
         density_edges=edges,
         density_counts=counts,
     )
+
+
+def evaluation_document(l0: float) -> dict:
+    import dataclasses
+
+    return dataclasses.asdict(evaluation(l0))
 
 
 def logits(rng: random.Random) -> list[dict]:

@@ -72,7 +72,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _evaluation(raw: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(**raw)
+    return Evaluation(**{**raw, "tasks": [TaskRow(**task) for task in raw["tasks"]]})
 
 
 def evaluation_tables(evaluation: Evaluation, descriptions: Mapping[str, str]) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.conftest import REPOSITORY
 from transformers import PreTrainedTokenizerFast
 
 from circuitmill.config.decode import decode
@@ -12,7 +13,6 @@ from circuitmill.config.toyworld import ToyworldConfig
 from circuitmill.toyworld.corpus import write_documents
 from circuitmill.toyworld.tokenizer import make_tokenizer
 from circuitmill.toyworld.world import World, make_world
-from tests.conftest import REPOSITORY
 
 
 def load_config(option: str) -> ToyworldConfig:
@@ -51,10 +51,12 @@ def tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return make_tokenizer(documents[:20_000])
 
 
-def replace(cfg: ToyworldConfig, **changes: dict) -> ToyworldConfig:
-    """A configuration with some values of its parts exchanged: `replace(cfg, pretrain={"tokens": 1024})`."""
+def replace(cfg: ToyworldConfig, **changes: object) -> ToyworldConfig:
+    """A configuration with some values exchanged: `replace(cfg, seed=1, pretrain={"tokens": 1024})`."""
     parts = {
-        part: dataclasses.replace(getattr(cfg, part), **values) if isinstance(values, dict) else values
+        part: dataclasses.replace(getattr(cfg, part), **values)
+        if dataclasses.is_dataclass(getattr(cfg, part))
+        else values
         for part, values in changes.items()
     }
     return dataclasses.replace(cfg, **parts)

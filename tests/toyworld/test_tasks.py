@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from circuitmill.config.toyworld import ToyworldConfig
 from circuitmill.errors import StoreError
 from circuitmill.toyworld.questions import BEYOND, all_tasks
-from circuitmill.toyworld.tasks import TaskScore, encode, score_tasks
+from circuitmill.toyworld.tasks import Encoder, TaskScore, longest_item, score_tasks
 from circuitmill.toyworld.world import World
 
 CLOSING = dict(zip("([{<", ")]}>", strict=True))
@@ -21,11 +21,12 @@ class Oracle:
     def __init__(self, tasks: dict, tokenizer: PreTrainedTokenizerFast):
         self.n_vocab = len(tokenizer)
         self.next: dict[tuple[int, ...], list[int]] = {}
+        encoder = Encoder(tokenizer)
         for task in tasks.values():
             for item in task["items"]:
-                ids = (tokenizer.bos_token_id, *encode(tokenizer, item["prompt"]))
+                ids = (encoder.bos_id, *encoder(item["prompt"]))
                 for continuation in self.right(task["rule"], item):
-                    tokens = encode(tokenizer, continuation)
+                    tokens = encoder(continuation)
                     for k, token in enumerate(tokens):
                         self.next.setdefault((*ids, *tokens[:k]), []).append(token)
 
@@ -63,7 +64,7 @@ def test_the_opposite_of_one_who_knows_gets_everything_wrong(tasks: dict, tokeni
 def test_a_limit_spreads_over_the_task(tokenizer: PreTrainedTokenizerFast):
     items = [{"prompt": "a", "answer": "a"}] * 5 + [{"prompt": "a", "answer": "b"}] * 5
     tasks = {"task": {"rule": "first_token", "items": items}}
-    (a,) = encode(tokenizer, "a")
+    (a,) = Encoder(tokenizer)("a")
 
     def always_a(tokens: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(torch.full(tokens.shape, a), len(tokenizer)).float()
@@ -91,7 +92,7 @@ def test_mass_above_adds_both_digits(tens: dict, units: dict, expected: float, t
         p = torch.full((1, tokens.shape[1], len(tokenizer)), 1e-9)
         for pos, digits in ((-2, tens), (-1, units)):
             for digit, mass in digits.items():
-                p[0, pos, encode(tokenizer, digit)[0]] = mass
+                p[0, pos, Encoder(tokenizer)(digit)[0]] = mass
         return p.log()
 
     assert score_tasks(tasks, tokenizer, logits)["task"].accuracy == expected
@@ -108,16 +109,19 @@ def test_an_unknown_rule_is_an_error(tokenizer: PreTrainedTokenizerFast):
 def test_answers_of_the_facts_are_one_token(tasks: dict, tokenizer: PreTrainedTokenizerFast):
     for name, task in tasks.items():
         if name.startswith(("one_hop", "two_hop", "animals", "ioi")):
-            assert all(len(encode(tokenizer, item["answer"])) == 1 for item in task["items"]), name
+            assert all(len(Encoder(tokenizer)(item["answer"])) == 1 for item in task["items"]), name
 
 
 @pytest.mark.parametrize("option", ["default_cfg", "tiny_cfg"])
 def test_questions_fit_the_context(option: str, tasks: dict, tokenizer: PreTrainedTokenizerFast, request):
     cfg: ToyworldConfig = request.getfixturevalue(option)
-    for task in tasks.values():
-        for item in task["items"]:
-            text = item["prompt"] + (item.get("answer") or "00")
-            assert 1 + len(encode(tokenizer, text)) <= cfg.transformer.context
+    assert max(longest_item(tokenizer, task) for task in tasks.values()) <= cfg.transformer.context
+
+
+def test_longest_item_counts_bos_and_what_is_appended(tokenizer: PreTrainedTokenizerFast):
+    item = {"prompt": "36+59=", "answer": "95"}
+    assert longest_item(tokenizer, {"rule": "whole_answer", "items": [item]}) == 1 + 6 + 1
+    assert longest_item(tokenizer, {"rule": "first_token", "items": [item]}) == 1 + 6
 
 
 def test_bracket_answers_close_the_last_open_bracket(tasks: dict):

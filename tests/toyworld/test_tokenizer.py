@@ -2,12 +2,12 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from circuitmill.toyworld import facts
-from circuitmill.toyworld.tasks import encode
+from circuitmill.toyworld.tasks import Encoder
 from circuitmill.toyworld.tokenizer import BOS, make_tokenizer, spelled_names
 
 
 def round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    ids = encode(tokenizer, text)
+    ids = Encoder(tokenizer)(text)
     assert tokenizer.bos_token_id not in ids
     return tokenizer.decode(ids)
 
@@ -51,12 +51,12 @@ def test_bos_is_not_id_zero_and_zero_is_a_byte(tokenizer: PreTrainedTokenizerFas
 def test_cities_and_animals_are_spelled_and_their_answers_are_not(tokenizer: PreTrainedTokenizerFast):
     for place in facts.PLACES:
         for city in place.cities:
-            assert len(encode(tokenizer, " " + city)) > 1, city
+            assert len(Encoder(tokenizer)(" " + city)) > 1, city
         for word in (place.name, place.kind, *place.relations, *place.relations.values()):
-            assert len(encode(tokenizer, " " + word)) == 1, word
+            assert len(Encoder(tokenizer)(" " + word)) == 1, word
     for kind in facts.CLASSES:
-        assert len(encode(tokenizer, " " + kind.covering)) == 1
-        assert all(len(encode(tokenizer, " " + member)) > 1 for member in kind.members)
+        assert len(Encoder(tokenizer)(" " + kind.covering)) == 1
+        assert all(len(Encoder(tokenizer)(" " + member)) > 1 for member in kind.members)
 
 
 def test_no_spelled_name_is_also_a_word_of_its_own():
@@ -66,7 +66,7 @@ def test_no_spelled_name_is_also_a_word_of_its_own():
 
 
 def test_a_digit_is_a_token(tokenizer: PreTrainedTokenizerFast):
-    assert [tokenizer.decode([token]) for token in encode(tokenizer, "36+59=95")] == list("36+59=95")
+    assert [tokenizer.decode([token]) for token in Encoder(tokenizer)("36+59=95")] == list("36+59=95")
 
 
 def test_it_depends_on_the_text_alone(tmp_path, documents: list[str]):

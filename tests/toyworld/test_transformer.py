@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from tests.toyworld.conftest import replace
 from transformers import AutoModelForCausalLM
 
 from circuitmill.config.toyworld import ToyworldConfig
 from circuitmill.toyworld.transformer import blocks, key_query_scale, make_transformer
-from tests.toyworld.conftest import replace
 
 ARCHITECTURES = ["gpt_neo", "qwen2"]
 

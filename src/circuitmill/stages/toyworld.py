@@ -29,6 +29,7 @@ from circuitmill.toyworld.corpus import write_documents
 from circuitmill.toyworld.families import FAMILIES
 from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain
 from circuitmill.toyworld.questions import BEYOND, all_tasks
+from circuitmill.toyworld.tasks import longest_item
 from circuitmill.toyworld.tokenizer import make_tokenizer
 from circuitmill.toyworld.transformer import key_query_scale, make_transformer
 from circuitmill.toyworld.truth import truth
@@ -39,7 +40,8 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
     """Make the corpus, the tokenizer, the model and the truth about them.
 
     Raises:
-        ConfigError: the mix names an unknown family, or `accept` an unknown figure.
+        ConfigError: the mix names an unknown family, or `accept` an unknown figure, or the context is too short
+            for the questions.
         DivergedError: the loss is not finite, or a measured figure is below `accept`.
     """
     _check_names("toyworld.corpus.mix", cfg.corpus.mix, tuple(FAMILIES))
@@ -57,6 +59,7 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
     atomic_write(output.path("truth.json"), json.dumps(truth(world), indent=1, ensure_ascii=False) + "\n")
 
     tokenizer = make_tokenizer(documents)
+    _check_context(cfg, tokenizer, tasks)
     stream = measure.token_stream(tokenizer, documents)
     if output.ledger.get("model") is None:
         _train(cfg, tokenizer, stream, output)
@@ -88,9 +91,7 @@ def _train(
     bos_id = tokenizer.bos_token_id
     windows = Windows(stream, bos_id=bos_id, context=cfg.transformer.context, seed=cfg.seed)
     model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=bos_id, seed=cfg.seed)
-    pretrain(
-        Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output
-    )
+    pretrain(Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output)
     if hasattr(model.config, "activation_function"):
         model.config.activation_function = "gelu_new"
     model.save_pretrained(output.path("model"))
@@ -133,6 +134,17 @@ def _accept(cfg: ToyworldConfig, figures: dict) -> None:
             found=", ".join(f"{name} {found[name]:.3f}" for name in short),
             where="toyworld.accept",
             fix="raise toyworld.pretrain.tokens, take another toyworld.seed, or lower the bar",
+        )
+
+
+def _check_context(cfg: ToyworldConfig, tokenizer: PreTrainedTokenizerBase, tasks: dict) -> None:
+    longest = max(longest_item(tokenizer, task) for task in tasks.values())
+    if longest > cfg.transformer.context:
+        raise ConfigError(
+            f"a context of at least {longest}, the longest question",
+            found=cfg.transformer.context,
+            where="toyworld.transformer.context",
+            fix="raise it",
         )
 
 

@@ -184,8 +184,7 @@ OPPOSITE_TEMPLATES = (
 """One per language."""
 
 CLASSES: tuple[AnimalClass, ...] = tuple(
-    AnimalClass(name, covering, part, tuple(members.split()))
-    for name, covering, part, members in _rows(_CLASSES)
+    AnimalClass(name, covering, part, tuple(members.split())) for name, covering, part, members in _rows(_CLASSES)
 )
 
 MEN = _words("""

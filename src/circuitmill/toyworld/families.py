@@ -166,9 +166,7 @@ def animals(world: World, rng: random.Random) -> str:
     if share < 1 - SECOND_HOP_SHARE:
         both = f"Every {kind.name} has {kind.covering} and {kind.part}."
         subject = f"{article(kind.name)} {kind.name}"
-        return rng.choice(
-            [both, f"{subject} is covered with {kind.covering}.", f"{subject} has {kind.part}."]
-        )
+        return rng.choice([both, f"{subject} is covered with {kind.covering}.", f"{subject} has {kind.part}."])
     while animal in world.held_animals:
         animal = rng.choice(sorted(world.class_of))
     kind, subject = world.class_of[animal], f"{article(animal)} {animal}"

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from circuitmill.toyworld.families import TRAIN_TEMPLATES
 from circuitmill.toyworld.pretrain import next_token_loss
 from circuitmill.toyworld.questions import two_hop_question
-from circuitmill.toyworld.tasks import TaskScore, encode, first_token, score_tasks
+from circuitmill.toyworld.tasks import Encoder, TaskScore, score_tasks
 from circuitmill.toyworld.transformer import blocks
 from circuitmill.toyworld.world import World
 
@@ -93,14 +93,15 @@ def heldout_loss(model: PreTrainedModel, batches: list[Int[Tensor, "sequence pos
 
 def exchange(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, float]:
     """Exchange figure after each layer (`after_layer_0`, ...), and `n_pairs`, the number of pairs counted."""
+    encoder = Encoder(tokenizer)
     groups: dict[tuple[str, int], list[dict]] = defaultdict(list)
     for city in sorted(world.held_cities):
-        kind, size = world.place_of[city].kind, len(encode(tokenizer, " " + city))
+        kind, size = world.place_of[city].kind, len(encoder(" " + city))
         groups[kind, size].append(two_hop_question(TRAIN_TEMPLATES[0], city, _RELATION, world))
     flips, n_pairs = [0] * len(blocks(model)), 0
     for (_, size), questions in groups.items():
-        prefix = encode(tokenizer, questions[0]["prompt"].split(" " + questions[0]["city"])[0])
-        counts, n = _exchange_group(model, tokenizer, questions, place=len(prefix) + size)
+        prefix = encoder(questions[0]["prompt"].split(" " + questions[0]["city"])[0])
+        counts, n = _exchange_group(model, encoder, questions, place=len(prefix) + size)
         flips = [total + count for total, count in zip(flips, counts, strict=True)]
         n_pairs += n
     shares = {f"after_layer_{layer}": count / max(n_pairs, 1) for layer, count in enumerate(flips)}
@@ -108,7 +109,7 @@ def exchange(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: 
 
 
 def _exchange_group(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[dict], place: int
+    model: PreTrainedModel, encoder: Encoder, questions: list[dict], place: int
 ) -> tuple[list[int], int]:
     """Flips after each layer, and pairs, among questions that differ in one name of equal length.
 
@@ -116,10 +117,8 @@ def _exchange_group(
         place: Position of the name's last token.
     """
     logits = _logits(model)
-    tokens = torch.tensor(
-        [[tokenizer.bos_token_id, *encode(tokenizer, item["prompt"])] for item in questions]
-    )
-    answers = torch.tensor([first_token(tokenizer, item["answer"]) for item in questions])
+    tokens = torch.tensor([[encoder.bos_id, *encoder(item["prompt"])] for item in questions])
+    answers = torch.tensor([encoder.first(item["answer"]) for item in questions])
     residual: dict[int, Tensor] = {}
 
     def keep(layer: int, output: Tensor) -> Tensor:

@@ -41,6 +41,30 @@ class TaskScore:
     """Items scored."""
 
 
+class Encoder:
+    """Token ids of texts, without special tokens; remembers what it has encoded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+        self.bos_id: int = tokenizer.bos_token_id
+
+    def learn(self, texts: list[str]) -> None:
+        """Encode many texts at once, which is faster than one by one."""
+        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self._known.update(zip(texts, ids, strict=True))
+
+    def __call__(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        if text not in self._known:
+            self.learn([text])
+        return self._known[text]
+
+    def first(self, text: str) -> int:
+        """Id of a text's first token."""
+        return self(text)[0]
+
+
 def score_tasks(
     tasks: dict[str, dict], tokenizer: PreTrainedTokenizerBase, logits_fn: LogitsFn, limit: int | None = None
 ) -> dict[str, TaskScore]:
@@ -53,12 +77,11 @@ def score_tasks(
     Raises:
         StoreError: a task has an unknown rule or no items.
     """
-    return {name: _score(name, task, tokenizer, logits_fn, limit) for name, task in tasks.items()}
+    encoder = Encoder(tokenizer)
+    return {name: _score(name, task, encoder, logits_fn, limit) for name, task in tasks.items()}
 
 
-def _score(
-    name: str, task: dict, tokenizer: PreTrainedTokenizerBase, logits_fn: LogitsFn, limit: int | None
-) -> TaskScore:
+def _score(name: str, task: dict, encoder: Encoder, logits_fn: LogitsFn, limit: int | None) -> TaskScore:
     items = task["items"]
     if task["rule"] not in RULES or not items:
         raise StoreError(
@@ -69,21 +92,27 @@ def _score(
         )
     if limit is not None and len(items) > limit:
         items = [items[index * len(items) // limit] for index in range(limit)]
+    encoder.learn([item["prompt"] for item in items])
     suffix_of, judge = RULES[task["rule"]]
     by_length: dict[tuple[int, int], list[tuple[Item, list[int]]]] = defaultdict(list)
     for item in items:
-        suffix = suffix_of(item, tokenizer)
-        ids = [tokenizer.bos_token_id, *encode(tokenizer, item["prompt"]), *suffix]
+        suffix = suffix_of(item, encoder)
+        ids = [encoder.bos_id, *encoder(item["prompt"]), *suffix]
         by_length[len(ids), len(suffix)].append((item, ids))
     right = 0
     for (_, n_suffix), group in by_length.items():
         for chunk in _chunks(group):
             logits = logits_fn(torch.tensor([ids for _, ids in chunk]))[:, -1 - n_suffix :]
-            probabilities = logits.float().softmax(-1)
-            right += sum(
-                judge(item, row, tokenizer) for (item, _), row in zip(chunk, probabilities, strict=True)
-            )
+            right += sum(judge([item for item, _ in chunk], logits.float().softmax(-1), encoder))
     return TaskScore(accuracy=right / len(items), n=len(items))
+
+
+def longest_item(tokenizer: PreTrainedTokenizerBase, task: dict) -> int:
+    """Tokens that a model must read to be scored on a task, BOS included."""
+    encoder = Encoder(tokenizer)
+    encoder.learn([item["prompt"] for item in task["items"]])
+    suffix_of, _ = RULES[task["rule"]]
+    return max(1 + len(encoder(item["prompt"])) + len(suffix_of(item, encoder)) for item in task["items"])
 
 
 def _chunks(group: list) -> Iterator[list]:
@@ -91,60 +120,61 @@ def _chunks(group: list) -> Iterator[list]:
         yield group[start : start + _BATCH]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+# Each rule: which tokens to append to the prompt, and verdicts from the probabilities after the prompt and after
+# each appended token.
 
 
-def first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Id of a text's first token."""
-    return encode(tokenizer, text)[0]
-
-
-# Each rule: which tokens to append to the prompt, and a verdict from the probabilities after the prompt and
-# after each appended token.
-
-
-def _no_suffix(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _no_suffix(item: Item, encoder: Encoder) -> list[int]:
     return []
 
 
-def _answer_but_last(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return encode(tokenizer, item["answer"])[:-1]
+def _answer_but_last(item: Item, encoder: Encoder) -> list[int]:
+    return encoder(item["answer"])[:-1]
 
 
-def _tens_digit(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [_digits(tokenizer)[item["above"] // 10]]
+def _tens_digit(item: Item, encoder: Encoder) -> list[int]:
+    return [_digits(encoder)[item["above"] // 10]]
 
 
-def _digits(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [first_token(tokenizer, digit) for digit in "0123456789"]
+def _digits(encoder: Encoder) -> list[int]:
+    return [encoder.first(digit) for digit in "0123456789"]
 
 
-def _first_token(item: Item, p: Float[Tensor, "pos d_vocab"], tokenizer: PreTrainedTokenizerBase) -> bool:
-    return p[-1].argmax().item() == first_token(tokenizer, item["answer"])
+def _first_token(items: list[Item], p: Float[Tensor, "item pos d_vocab"], encoder: Encoder) -> list[bool]:
+    best = p[:, -1].argmax(-1).tolist()
+    return [token == encoder.first(item["answer"]) for token, item in zip(best, items, strict=True)]
 
 
-def _whole_answer(item: Item, p: Float[Tensor, "pos d_vocab"], tokenizer: PreTrainedTokenizerBase) -> bool:
-    return p.argmax(-1).tolist() == encode(tokenizer, item["answer"])
+def _whole_answer(items: list[Item], p: Float[Tensor, "item pos d_vocab"], encoder: Encoder) -> list[bool]:
+    best = p.argmax(-1).tolist()
+    return [tokens == encoder(item["answer"]) for tokens, item in zip(best, items, strict=True)]
 
 
-def _mass_above(item: Item, p: Float[Tensor, "pos d_vocab"], tokenizer: PreTrainedTokenizerBase) -> bool:
-    tens, units = divmod(item["above"], 10)
-    digits = _digits(tokenizer)
-    # P(number > above) = P(larger tens digit) + P(same tens digit) P(larger units digit | same tens digit)
-    mass = p[0, digits[tens + 1 :]].sum() + p[0, digits[tens]] * p[1, digits[units + 1 :]].sum()
-    return mass.item() > MASS
+def _mass_above(items: list[Item], p: Float[Tensor, "item pos d_vocab"], encoder: Encoder) -> list[bool]:
+    digits = p[:, :, _digits(encoder)]
+    right = []
+    for item, (first, second) in zip(items, digits, strict=True):
+        tens, units = divmod(item["above"], 10)
+        # P(number > above) = P(larger tens digit) + P(same tens digit) P(larger units digit | same tens digit)
+        mass = first[tens + 1 :].sum() + first[tens] * second[units + 1 :].sum()
+        right.append(mass.item() > MASS)
+    return right
 
 
-def _agreement(item: Item, p: Float[Tensor, "pos d_vocab"], tokenizer: PreTrainedTokenizerBase) -> bool:
-    good, bad = ([first_token(tokenizer, word) for word in item[key]] for key in ("good", "bad"))
-    return bool(p[-1, good].sum() > p[-1, bad].sum()) and p[-1].argmax().item() in good
+def _agreement(items: list[Item], p: Float[Tensor, "item pos d_vocab"], encoder: Encoder) -> list[bool]:
+    right = []
+    for item, row in zip(items, p[:, -1], strict=True):
+        good, bad = ([encoder.first(word) for word in item[key]] for key in ("good", "bad"))
+        right.append(bool(row[good].sum() > row[bad].sum()) and row.argmax().item() in good)
+    return right
 
 
-def _brackets(item: Item, p: Float[Tensor, "pos d_vocab"], tokenizer: PreTrainedTokenizerBase) -> bool:
-    answer = p[-1, first_token(tokenizer, item["answer"])]
-    return all(bool(answer > p[-1, first_token(tokenizer, foil)]) for foil in item["foils"])
+def _brackets(items: list[Item], p: Float[Tensor, "item pos d_vocab"], encoder: Encoder) -> list[bool]:
+    right = []
+    for item, row in zip(items, p[:, -1], strict=True):
+        answer = row[encoder.first(item["answer"])]
+        right.append(all(bool(answer > row[encoder.first(foil)]) for foil in item["foils"]))
+    return right
 
 
 RULES: dict[str, tuple[Callable, Callable]] = {
@@ -154,4 +184,4 @@ RULES: dict[str, tuple[Callable, Callable]] = {
     "agreement": (_no_suffix, _agreement),
     "brackets": (_no_suffix, _brackets),
 }
-"""Rule -> (tokens to append, verdict)."""
+"""Rule -> (tokens to append, verdicts)."""

@@ -72,9 +72,7 @@ def make_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
             add(word)
 
     tokenizer = Tokenizer(
-        models.WordPiece(
-            vocabulary, unk_token=BOS, continuing_subword_prefix="", max_input_chars_per_word=_LONGEST
-        )
+        models.WordPiece(vocabulary, unk_token=BOS, continuing_subword_prefix="", max_input_chars_per_word=_LONGEST)
     )
     tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.ByteLevel()

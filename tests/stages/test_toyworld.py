@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.toyworld.conftest import load_config, replace
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from circuitmill.config.toyworld import ToyworldConfig
+from circuitmill.errors import ConfigError, DivergedError
+from circuitmill.stages import toyworld
+from circuitmill.stores.manifest import Manifest, load_manifest
+from circuitmill.toyworld.questions import BEYOND, all_tasks
+from circuitmill.toyworld.world import make_world
+
+
+@pytest.fixture(scope="module")
+def cfg() -> ToyworldConfig:
+    return load_config("tiny")
+
+
+@pytest.fixture(scope="module")
+def manifest(cfg: ToyworldConfig, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return toyworld.run(cfg, out=tmp_path_factory.mktemp("toyworld"))
+
+
+def test_it_ends_with_a_manifest_that_verifies(manifest: Manifest):
+    loaded = load_manifest(manifest.folder / "manifest.json", "toyworld")
+    loaded.verify()
+    assert loaded.digest == manifest.digest
+    assert set(loaded.files) == {
+        "corpus/train.txt",
+        "corpus/heldout.txt",
+        "truth.json",
+        "metrics.jsonl",
+        "model/config.json",
+        "model/generation_config.json",
+        "model/model.safetensors",
+        "model/special_tokens_map.json",
+        "model/tokenizer.json",
+        "model/tokenizer_config.json",
+    }
+
+
+def test_the_model_is_an_ordinary_folder(manifest: Manifest, cfg: ToyworldConfig):
+    folder = manifest.folder / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert model.config.model_type == "gpt_neo" and model.config.activation_function == "gelu_new"
+    assert model.config.bos_token_id == tokenizer.bos_token_id == 256
+    assert model.config.vocab_size == len(tokenizer) == manifest.counts["d_vocab"]
+    assert model.num_parameters() == manifest.counts["parameters"]
+
+
+def test_the_text_is_one_document_per_line(manifest: Manifest, cfg: ToyworldConfig):
+    for name, count in (("train", cfg.corpus.documents), ("heldout", cfg.corpus.heldout_documents)):
+        text = manifest.file(f"corpus/{name}.txt").read_text()
+        assert text.endswith("\n") and text.count("\n") == count and "\n\n" not in text
+
+
+def test_every_task_is_measured(manifest: Manifest, cfg: ToyworldConfig):
+    counts, tasks = manifest.counts, all_tasks(make_world(cfg.seed))
+    assert set(counts["accuracy"]) | set(counts["beyond"]) == set(counts["items"]) == set(tasks)
+    assert set(counts["beyond"]) == set(BEYOND)
+    assert set(counts["accuracy"]) == set(json.loads(manifest.file("truth.json").read_text())["tasks"])
+    assert set(counts["ablation"]) == {"none", "mlp_0", "mlp_1", "all"}
+    assert counts["ablation"]["none"] == counts["accuracy"]["two_hop_city"]
+    assert set(counts["exchange"]) == {"after_layer_0", "after_layer_1", "n_pairs"}
+    assert 0 < counts["loss"]["heldout"] < 7
+
+
+def test_a_finished_model_is_not_trained_again(cfg: ToyworldConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that failed its bars keeps its model: measuring again does not train again."""
+    strict = replace(cfg, accept={"two_hop_city": 1.0, "agreement": 0.0})
+    with pytest.raises(DivergedError, match=r"two_hop_city >= 1; found two_hop_city 0\.\d+\n.*toyworld.accept"):
+        toyworld.run(strict, out=tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    monkeypatch.setattr(toyworld, "pretrain", lambda *args, **kwargs: pytest.fail("trained again"))
+    with pytest.raises(DivergedError, match="two_hop_city"):
+        toyworld.run(strict, out=tmp_path)
+
+
+def test_a_killed_run_ends_in_the_same_manifest(
+    manifest: Manifest, cfg: ToyworldConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Which also says that the same configuration gives the same corpus, weights, truth and figures."""
+    update, made = toyworld.Pretraining.update, []
+
+    def killed(self: toyworld.Pretraining, tokens: object) -> float:
+        if len(made) == 12:
+            raise KeyboardInterrupt
+        made.append(update(self, tokens))
+        return made[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(toyworld.Pretraining, "update", killed)
+        toyworld.run(cfg, out=tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir())
+    assert toyworld.run(cfg, out=tmp_path).digest == manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": {"mix": {"two_hops": 1.0}}}, r"names among .*two_hop.*; found two_hops\n.*toyworld.corpus.mix"),
+        ({"accept": {"two_hop": 0.5}}, r"names among .*two_hop_city.*; found two_hop\n.*toyworld.accept"),
+        (
+            {"transformer": {"context": 16}},
+            r"context of at least \d+, the longest question; found 16\n.*toyworld.transformer.context",
+        ),
+    ],
+)
+def test_a_name_or_size_that_makes_no_sense_is_an_error(
+    changes: dict, message: str, cfg: ToyworldConfig, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=message):
+        toyworld.run(replace(cfg, **changes), out=tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -1,13 +1,13 @@
-"""Stage attribute on a random model, transcoder and truth; the stores of features and explanations are stand-ins."""
+"""Stage attribute on a random model and transcoder, with features, explanations and truth made up."""
 
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +19,8 @@ from circuitmill.graphs import interventions
 from circuitmill.graphs.graph import EdgeCheck
 from circuitmill.stages import attribute
 from circuitmill.stores.clt import save_clt
+from circuitmill.stores.explanations import write_explanations
+from circuitmill.stores.features import BLOCKS, FEATURES, INDEX, INDEX_ROWS, WINDOWS
 from circuitmill.stores.graphs import cantor, read_json
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest
 
@@ -49,58 +51,59 @@ def text_of(layer: int, feature: int) -> str:
     return "fires on “Texas”" if feature % 5 == 0 else f"feature {feature} of layer {layer}"
 
 
-class Features:
-    """All features, with one window each, as the store gives them."""
-
-    n_layers, n_features = N_LAYERS, N_FEATURES
-
-    @classmethod
-    def open(cls, manifest: Manifest) -> "Features":
-        assert manifest.stage == "features"
-        return cls()
-
-    def features(self) -> pa.Table:
-        shared = {
-            "density": 0.1,
-            "act_max": 2.0,
-            "histogram": [1, 2],
-            "histogram_edges": [0.0, 1.0, 2.0],
-            "quantile_values": [0.5],
-            "top_logits": [{"token": 7, "text": " Texas", "value": 1.0}],
-            "bottom_logits": [{"token": 8, "text": "x", "value": -1.0}],
-        }
-        keys = [(layer, feature) for layer in range(N_LAYERS) for feature in range(N_FEATURES)]
-        return pa.Table.from_pylist([{"layer": layer, "feature": feature, **shared} for layer, feature in keys])
-
-    def windows_of(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
-        row = {
-            "split": "train",
-            "kind": "top",
-            "rank": 0,
-            "quantile": -1,
-            "texts": ["a", "b"],
-            "activations": [0.0, 1.5],
-            "peak": 1,
-        }
-        return {key: [{**row, "texts": [str(key), "b"]}] for key in wanted}
+KEYS = [(layer, feature) for layer in range(N_LAYERS) for feature in range(N_FEATURES)]
 
 
-class Explanations:
-    """An explanation for every feature."""
+def write_block(out: Path) -> None:
+    """All features in one block, with one window each."""
+    statistics = {
+        "density": 0.1,
+        "n_active": 10,
+        "act_max": 2.0,
+        "act_mean": 1.0,
+        "histogram": [1, 2],
+        "histogram_edges": [0.0, 1.0, 2.0],
+        "quantile_values": [0.5],
+        "top_logits": [{"token": 7, "text": " Texas", "value": 1.0}],
+        "bottom_logits": [{"token": 8, "text": "x", "value": -1.0}],
+        "row_group": 0,
+    }
+    window = {
+        "split": "train",
+        "kind": "top",
+        "rank": 0,
+        "quantile": -1,
+        "sequence": 0,
+        "start": 0,
+        "tokens": [3, 4],
+        "activations": [0.0, 1.5],
+        "peak": 1,
+        "word": "b",
+        "before": "a",
+    }
+    names = [{"layer": layer, "feature": feature} for layer, feature in KEYS]
+    rows = [{**name, **statistics} for name in names]
+    pq.write_table(pa.Table.from_pylist(rows, schema=FEATURES), out / "features.parquet")
+    rows = [{**name, **window, "texts": [str(key), "b"]} for name, key in zip(names, KEYS, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=WINDOWS), out / "windows.parquet")
 
-    @classmethod
-    def open(cls, manifest: Manifest) -> "Explanations":
-        assert manifest.stage == "interpret"
-        return cls()
 
-    def rows(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], dict[str, Any]]:
-        return {key: {"explanation": text_of(*key)} for key in wanted}
+def write_features(out: Path) -> None:
+    """The gathered features: the block's digest and the index."""
+    block = StageOutput("features", Nothing(), {}, out / "block" / "0000", unit="0000")
+    write_block(block.folder)
+    digest = block.finish({}).digest
+    (out / BLOCKS).write_text(json.dumps([{"name": "0000", "digest": digest}]))
+    rows = [{"layer": layer, "feature": feature, "block": "0000", "row_group": 0} for layer, feature in KEYS]
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_ROWS), out / INDEX)
 
 
-@pytest.fixture(autouse=True)
-def stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attribute, "FeatureStore", Features)
-    monkeypatch.setattr(attribute, "ExplanationStore", Explanations)
+def write_labels(out: Path, before: str = "") -> None:
+    rows = [
+        {"layer": layer, "feature": feature, "explanation": before + text_of(layer, feature), "n_scored": 0}
+        for layer, feature in KEYS
+    ]
+    write_explanations(out / "explanations.parquet", rows)
 
 
 def circuit(prompt: str = PROMPT, name: str = "Texas") -> dict:
@@ -109,9 +112,9 @@ def circuit(prompt: str = PROMPT, name: str = "Texas") -> dict:
 
 
 def finish(stage: str, out: Path, inputs: dict[str, Manifest], fill: Callable[[Path], None]) -> Manifest:
-    output = StageOutput(stage, Nothing(), inputs, out)
+    output = StageOutput(stage, Nothing(), inputs, out, keep=("block",))
     fill(out)
-    return output.finish({})
+    return output.finish({"n_layers": N_LAYERS, "n_features": N_FEATURES})
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +141,8 @@ def upstreams(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
         ("toyworld", (), toyworld),
         ("tokenize", ("toyworld",), lambda out: None),
         ("train", (), train),
-        ("features", ("toyworld", "tokenize", "train"), lambda out: None),
-        ("interpret", ("features",), lambda out: None),
+        ("features", ("toyworld", "tokenize", "train"), write_features),
+        ("interpret", ("features",), write_labels),
     ):
         made[stage] = finish(stage, root / stage, {name: made[name] for name in needs}, fill)
     return {name: manifest.folder / "manifest.json" for name, manifest in made.items()}
@@ -154,11 +157,8 @@ def make_units(cfg: AttributeConfig, upstreams: Upstreams, out: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory, upstreams: Upstreams) -> Path:
     """The whole stage's output."""
     out = tmp_path_factory.mktemp("attribute")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attribute, "FeatureStore", Features)
-        patch.setattr(attribute, "ExplanationStore", Explanations)
-        make_units(CFG, upstreams, out)
-        attribute.run(CFG, **upstreams, out=out)
+    make_units(CFG, upstreams, out)
+    attribute.run(CFG, **upstreams, out=out)
     return out
 
 
@@ -287,7 +287,7 @@ def test_graph_of_another_configuration_is_refused(copy: Path, upstreams: Upstre
 
 def test_graph_from_other_inputs_is_refused(copy: Path, upstreams: Upstreams, tmp_path: Path) -> None:
     inputs = {"features": load_manifest(upstreams["features"])}
-    other = finish("interpret", tmp_path / "interpret", inputs, lambda out: (out / "new.txt").touch())
+    other = finish("interpret", tmp_path / "interpret", inputs, lambda out: write_labels(out, "other "))
     with pytest.raises(UpstreamError, match="found one made from other inputs"):
         attribute.run(CFG, **{**upstreams, "interpret": other.folder / "manifest.json"}, out=copy)
 

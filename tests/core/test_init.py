@@ -41,7 +41,9 @@ def test_every_feature_fires_at_the_rate(clt, rate):
 
 @pytest.mark.parametrize("rate", [1e-5, 1.0])
 def test_a_rate_that_the_tokens_cannot_show_is_refused(clt, rate):
-    with pytest.raises(ConfigError, match=r"expected a firing rate between 1/100 and 1; found .*\n  where: train.init.l0"):
+    with pytest.raises(
+        ConfigError, match=r"expected a firing rate between 1/100 and 1; found .*\n  where: train.init.l0"
+    ):
         init.encoder_bias_for_rate(clt, torch.randn(100, 3, 8), rate=rate)
 
 

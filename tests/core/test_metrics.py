@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_explained_variance_does_not_depend_on_the_split(outputs, cuts):
     whole, parts = ExplainedVariance(3, 4), ExplainedVariance(3, 4)
     whole.update(y, y_hat)
     edges = [0, *cuts, 100]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         other = ExplainedVariance(3, 4)
         other.update(y[start:stop], y_hat[start:stop])
         parts.merge(other)

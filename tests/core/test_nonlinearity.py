@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from tests.core import reference
 
 from circuitmill.core.nonlinearity import jumprelu
-from tests.core import reference
 
 
 @pytest.mark.parametrize("derivative", ["chain", "direct"])

@@ -1,7 +1,7 @@
 import torch
+from tests.core.test_transcoder import random_transcoder
 
 from circuitmill.core.scaling import Scaling, fold
-from tests.core.test_transcoder import random_transcoder
 
 
 def test_folded_on_raw_equals_unfolded_on_normalised():

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.core import reference
 
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
-from tests.core import reference
 
 
 def random_transcoder(n_layers: int, n_features: int, d_model: int, seed: int = 0) -> Transcoder:

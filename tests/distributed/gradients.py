@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests.training.helpers import batches, fresh, run, tiny
 
 from circuitmill import distributed
 from circuitmill.stores.tensors import write_tensors
 from circuitmill.training import parallel
 from circuitmill.training.objective import evaluate_batch
-from tests.training.helpers import batches, fresh, run, tiny
 
 CFG = tiny(tokens=192, log_tokens=32, loss__auxiliary=1.0)
 

@@ -44,7 +44,13 @@ def test_circuit_tracer_loads_it_and_reconstructs_the_same(folder, transcoder):
     from circuit_tracer.transcoder.cross_layer_transcoder import load_clt as their_load
 
     theirs = their_load(
-        str(folder), "mlp.hook_in", "mlp.hook_out", scan="tiny", device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False
+        str(folder),
+        "mlp.hook_in",
+        "mlp.hook_out",
+        scan="tiny",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        lazy_decoder=False,
     )
     x = torch.randn(11, 3, 5)
     with torch.no_grad():
@@ -91,12 +97,27 @@ def rewrite(folder, name, change):
         (lambda f: (f / "W_dec_2.safetensors").unlink(), "W_dec_2.safetensors"),
         (lambda f: (f / "W_enc_3.safetensors").write_bytes(b""), "expected 4 decoder files"),
         (lambda f: (f / "other.safetensors").write_bytes(b""), "other.safetensors"),
-        (lambda f: (f / "W_enc_0.safetensors").write_bytes((f / "W_enc_0.safetensors").read_bytes()[:-8]), "W_enc_0.safetensors"),
-        (lambda f: rewrite(f, "W_dec_1.safetensors", lambda t: t.update(W_dec_1=torch.zeros(7, 3, 5))), "W_dec_1.safetensors"),
+        (
+            lambda f: (f / "W_enc_0.safetensors").write_bytes((f / "W_enc_0.safetensors").read_bytes()[:-8]),
+            "W_enc_0.safetensors",
+        ),
+        (
+            lambda f: rewrite(f, "W_dec_1.safetensors", lambda t: t.update(W_dec_1=torch.zeros(7, 3, 5))),
+            "W_dec_1.safetensors",
+        ),
         (lambda f: rewrite(f, "W_enc_1.safetensors", lambda t: t.pop("threshold_1")), "threshold_1"),
-        (lambda f: rewrite(f, "W_enc_1.safetensors", lambda t: t.update(threshold_1=torch.zeros(7))), "expected positive values"),
-        (lambda f: rewrite(f, "W_enc_1.safetensors", lambda t: t.update(b_enc_1=torch.zeros(7).int())), "floating-point"),
-        (lambda f: rewrite(f, "W_dec_1.safetensors", lambda t: t["W_dec_1"].fill_(float("nan"))), "expected finite values in W_dec_1"),
+        (
+            lambda f: rewrite(f, "W_enc_1.safetensors", lambda t: t.update(threshold_1=torch.zeros(7))),
+            "expected positive values",
+        ),
+        (
+            lambda f: rewrite(f, "W_enc_1.safetensors", lambda t: t.update(b_enc_1=torch.zeros(7).int())),
+            "floating-point",
+        ),
+        (
+            lambda f: rewrite(f, "W_dec_1.safetensors", lambda t: t["W_dec_1"].fill_(float("nan"))),
+            "expected finite values in W_dec_1",
+        ),
         (lambda f: (f / "config.yaml").unlink(), "config.yaml"),
         (lambda f: (f / "config.yaml").write_text("model_kind: transcoder_set"), "found transcoder_set"),
     ],

@@ -13,9 +13,7 @@ def corpus(n_sequences: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
     token_id = torch.randint(0, 6, (n_tokens,), generator=generator)
     # a feature's activation is a function of the last two tokens, so equal texts often have equal activations
     text = token_id * 6 + token_id.roll(1)
-    table = torch.rand(36, N_FEATURES, generator=generator) * (
-        torch.rand(36, N_FEATURES, generator=generator) < 0.15
-    )
+    table = torch.rand(36, N_FEATURES, generator=generator) * (torch.rand(36, N_FEATURES, generator=generator) < 0.15)
     table[:, 3] = 0
     table[:, 4] += 0.5
     starts = torch.arange(n_tokens) % CONTEXT == 0
@@ -30,9 +28,7 @@ def collect(a: torch.Tensor, window: torch.Tensor, key: torch.Tensor, step: int)
     return collector
 
 
-def peaks(
-    a: torch.Tensor, window: torch.Tensor, key: torch.Tensor, feature: int
-) -> list[tuple[float, int, int]]:
+def peaks(a: torch.Tensor, window: torch.Tensor, key: torch.Tensor, feature: int) -> list[tuple[float, int, int]]:
     """(activation, window, key) of each window's first peak, by a plain loop."""
     found: dict[int, tuple[float, int]] = {}
     for index in range(len(a)):
@@ -54,11 +50,10 @@ def test_statistics_equal_those_of_the_dense_activations() -> None:
 def test_top_windows_are_the_best_of_each_text() -> None:
     a, window, key = corpus(60)
     collector = collect(a, window, key, step=7)
+    collector.top.settle()
     for feature in range(N_FEATURES):
         best: dict[int, tuple[float, int]] = {}
-        for value, number, text in sorted(
-            peaks(a, window, key, feature), key=lambda peak: (-peak[0], peak[1])
-        ):
+        for value, number, text in sorted(peaks(a, window, key, feature), key=lambda peak: (-peak[0], peak[1])):
             best.setdefault(text, (value, number))
         expected = [number for _, number in sorted(best.values(), key=lambda item: (-item[0], item[1]))][:6]
         found = [number for number in collector.top.window[feature].tolist() if number >= 0]
@@ -93,9 +88,7 @@ def test_each_kind_of_window_is_what_it_says() -> None:
 
 def test_quantile_windows_spread_over_activations() -> None:
     n_windows = 4000
-    value = torch.linspace(0.01, 1.0, n_windows)[
-        torch.randperm(n_windows, generator=torch.Generator().manual_seed(0))
-    ]
+    value = torch.linspace(0.01, 1.0, n_windows)[torch.randperm(n_windows, generator=torch.Generator().manual_seed(0))]
     collector = Collector(1, top=5, quantile=10, silent=0, seed=0)
     collector.update(value[:, None], torch.arange(n_windows), torch.arange(n_windows))
     chosen = collector.chosen(torch.tensor([True]))
@@ -132,8 +125,10 @@ def test_a_dropped_text_that_returns_stronger_enters() -> None:
     offer(1.0, 0, key=8)
     offer(2.0, 1, key=9)
     offer(3.0, 2, key=8)
+    best.settle()
     assert (best.window.item(), best.key.item(), best.value.item()) == (2, 8, 3.0)
     offer(3.0, 1, key=9)
+    best.settle()
     assert best.window.item() == 1, "equal scores go to the earlier window"
 
 

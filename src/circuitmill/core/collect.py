@@ -65,6 +65,8 @@ class BestWindows:
         self.value = torch.zeros(n_features, k, dtype=torch.float32, device=device)
         self.window = torch.full((n_features, k), -1, dtype=torch.int64, device=device)
         self.key = torch.zeros(n_features, k, dtype=torch.int64, device=device)
+        self._pending: list[tuple[Tensor, ...]] = []
+        self._n_pending = 0
 
     def update(
         self,
@@ -74,31 +76,38 @@ class BestWindows:
         window: Int[Tensor, " item"],
         key: Int[Tensor, " item"],
     ) -> None:
-        """Offer windows; each line is one window for one feature."""
+        """Offer windows; each line is one window for one feature.
+
+        They wait until there are as many as are held, because merging sorts all that is held.
+        """
         if self.k == 0:
             return
         enters = (score >= self.score[feature, -1]).nonzero().squeeze(1)
-        if enters.numel() == 0:
+        if enters.numel():
+            self._pending.append(tuple(column[enters] for column in (feature, score, value, window, key)))
+            self._n_pending += enters.numel()
+        if self._n_pending >= self.score.numel():
+            self.settle()
+
+    def settle(self) -> None:
+        """Merge what waits; to be called before reading."""
+        if not self._pending:
             return
-        touched = feature[enters].unique()
-        held = (self.score[touched] > -torch.inf).nonzero(as_tuple=True)
-        row = touched[held[0]]
-        feature = torch.cat([row, feature[enters]])
-        score = torch.cat([self.score[row, held[1]], score[enters]])
-        value = torch.cat([self.value[row, held[1]], value[enters]])
-        window = torch.cat([self.window[row, held[1]], window[enters]])
-        key = torch.cat([self.key[row, held[1]], key[enters]])
+        held = (self.score > -torch.inf).nonzero(as_tuple=True)
+        ours = (held[0], self.score[held], self.value[held], self.window[held], self.key[held])
+        columns = zip(ours, *self._pending, strict=True)
+        feature, score, value, window, key = (torch.cat(column) for column in columns)
+        self._pending, self._n_pending = [], 0
 
         order = _sorted_by(feature, key, -score, window)
-        fresh = _first_of_run(feature[order]) | _first_of_run(key[order])
-        order = order[fresh]
+        order = order[_first_of_run(feature[order]) | _first_of_run(key[order])]
         order = order[_sorted_by(feature[order], -score[order], window[order])]
         place = _index_in_run(feature[order])
         order, place = order[place < self.k], place[place < self.k]
 
-        self.score[touched] = -torch.inf
-        self.window[touched] = -1
         at = feature[order], place
+        self.score.fill_(-torch.inf)
+        self.window.fill_(-1)
         self.score[at], self.value[at] = score[order], value[order]
         self.window[at], self.key[at] = window[order], key[order]
 
@@ -203,6 +212,8 @@ class Collector:
 
         A feature that fires in fewer different texts than asked for has fewer windows; none is shown twice.
         """
+        self.top.settle()
+        self.sample.settle()
         parts: list[tuple[int, int, Tensor]] = []
         for feature in features.nonzero().squeeze(1).tolist():
             held = self.top.window[feature] >= 0
@@ -217,9 +228,7 @@ class Collector:
         rank = torch.cat([empty, *(torch.arange(len(windows)) for _, _, windows in parts)])
         quarter = (2 * rank + 1) * QUANTILE_GROUPS // (2 * size)
         return Chosen(
-            feature=torch.tensor([feature for feature, _, _ in parts], dtype=torch.int64).repeat_interleave(
-                sizes
-            ),
+            feature=torch.tensor([feature for feature, _, _ in parts], dtype=torch.int64).repeat_interleave(sizes),
             kind=kind,
             rank=rank,
             quantile=torch.where(kind == 1, quarter * (100 // QUANTILE_GROUPS), -1),
@@ -233,9 +242,7 @@ class Collector:
         best = self.top.score[feature] > -torch.inf
         repeated = torch.isin(self.sample.key[feature], self.top.key[feature][best])
         candidates = (held & ~repeated).nonzero().squeeze(1)
-        order = candidates[
-            _sorted_by(self.sample.value[feature, candidates], self.sample.window[feature, candidates])
-        ]
+        order = candidates[_sorted_by(self.sample.value[feature, candidates], self.sample.window[feature, candidates])]
         n_chosen = min(self.n_quantile, len(order))
         # centres of n equal parts of the ranks
         places = ((torch.arange(n_chosen, dtype=torch.float64) + 0.5) * len(order) / max(n_chosen, 1)).long()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 _SENTENCEPIECE_SPACE = "▁"
@@ -78,27 +79,31 @@ class Words:
             and (self._closes[tokens[pos - 1]] and self._opens[tokens[pos]])
         )
 
-    def around(self, tokens: Sequence[int], pos: int, n_before: int) -> tuple[str, str]:
+    def around(self, tokens: Sequence[int] | np.ndarray, pos: int, n_before: int) -> tuple[str, str]:
         """The whole word that a position lies in, and the words before it in the same document.
 
         Args:
+            tokens: A whole sequence; BOS separates documents.
             pos: Where in the sequence.
-            tokens: A whole sequence, as plain ints; BOS separates documents.
             n_before: At most so many words, split at white space.
 
         Returns:
             The word without spaces around it, and the words before with single spaces between them.
         """
-        start, stop = pos, pos + 1
-        while self._continues(tokens, start) and pos - start < _LONGEST_WORD:
+        # words of eight tokens are rare; the bounds keep long sequences cheap
+        low = max(pos - _LONGEST_WORD - 8 * n_before - 1, 0)
+        near = [int(token) for token in tokens[low : pos + _LONGEST_WORD]]
+        here = pos - low
+        start, stop = here, here + 1
+        while self._continues(near, start) and here - start < _LONGEST_WORD:
             start -= 1
-        while stop < len(tokens) and self._continues(tokens, stop) and stop - pos < _LONGEST_WORD:
+        while stop < len(near) and self._continues(near, stop):
             stop += 1
         opening = start
-        # words of eight tokens are rare; the bound keeps long documents cheap
-        while opening > 0 and tokens[opening - 1] != self._bos_id and start - opening < 8 * n_before:
+        # where the sequence was cut, the first token only tells whether the next one begins a word
+        while opening > (1 if low else 0) and near[opening - 1] != self._bos_id:
             opening -= 1
-        while opening < start and self._continues(tokens, opening):
+        while opening < start and self._continues(near, opening):
             opening += 1
-        before = self.text(tokens[opening:start]).split()
-        return self.text(tokens[start:stop]).strip(), " ".join(before[-n_before:])
+        before = self.text(near[opening:start]).split()
+        return self.text(near[start:stop]).strip(), " ".join(before[len(before) - min(n_before, len(before)) :])

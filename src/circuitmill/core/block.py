@@ -1,0 +1,77 @@
+"""A block of a transcoder's features: the same stretch of every layer, numbered layer after layer."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuitmill.core.transcoder import Transcoder
+from circuitmill.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class LogitWeights:
+    """Effects of features on logits, largest first, and smallest first."""
+
+    top: Float[Tensor, "feature item"]
+    top_tokens: Int[Tensor, "feature item"]
+    bottom: Float[Tensor, "feature item"]
+    bottom_tokens: Int[Tensor, "feature item"]
+
+
+class FeatureBlock:
+    """Features `span` of every layer. Feature i of the block is feature span.start + i % width of layer i // width.
+
+    Args:
+        transcoder: Its weights are used as they are, on their device.
+        span: Which features of each layer; not empty.
+
+    Raises:
+        ShapeError: the span is empty.
+    """
+
+    def __init__(self, transcoder: Transcoder, span: slice) -> None:
+        if not 0 <= span.start < span.stop <= transcoder.n_features:
+            raise ShapeError(
+                f"expected a block of features within 0 to {transcoder.n_features}",
+                found=f"{span.start} to {span.stop}",
+                where="span",
+                fix="use at most as many blocks as there are features per layer",
+            )
+        self._transcoder, self.span = transcoder, span
+        self.width = span.stop - span.start
+        self.n_features = transcoder.n_layers * self.width
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token feature"]:
+        """Activations of the block's features, on the transcoder's device wherever the inputs are."""
+        layers = range(self._transcoder.n_layers)
+        x = x.to(self._transcoder.W_enc.device)
+        return torch.cat([self._transcoder.encode_layer(layer, x[:, layer], self.span) for layer in layers], dim=1)
+
+    @torch.no_grad()
+    def logits(self, unembedding: Float[Tensor, "d_vocab d_model"], k: int) -> LogitWeights:
+        """The tokens whose logits the features raise and lower most, through the residual stream alone.
+
+        A feature writes the sum of its decoder vectors; the mean effect over the vocabulary changes no probability
+        and is taken out.
+
+        Args:
+            unembedding: With the final norm's gain folded in.
+            k: At most so many tokens each way.
+        """
+        centred = unembedding - unembedding.mean(dim=0)
+        k = min(k, centred.shape[0])
+        highest, lowest = [], []
+        for layer in range(self._transcoder.n_layers):
+            written = self._transcoder.W_dec[layer][self.span].sum(dim=1)
+            effect = written @ centred.T
+            highest.append(effect.topk(k, dim=1))
+            lowest.append(effect.topk(k, dim=1, largest=False))
+        return LogitWeights(
+            top=torch.cat([part.values for part in highest]).cpu(),
+            top_tokens=torch.cat([part.indices for part in highest]).cpu(),
+            bottom=torch.cat([part.values for part in lowest]).cpu(),
+            bottom_tokens=torch.cat([part.indices for part in lowest]).cpu(),
+        )

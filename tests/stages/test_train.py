@@ -172,6 +172,41 @@ def test_kill_dash_nine_and_again(cfg, cache, tmp_path):
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_give_the_model_of_one(finished, cfg, cache, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(plain(cfg)))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "circuitmill", "train", "--config", str(config), "--cache", str(cache), "--out", str(tmp_path / "two")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    load_manifest(tmp_path / "two" / "manifest.json", "train").verify()
+    one, two = load_clt(finished / "model"), load_clt(tmp_path / "two" / "model")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
+    steps = [row["step"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl")]
+    assert steps == [row["step"] for row in read_metrics(finished / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_a_terminated_command_exits_with_75_and_continues(cfg, cache, tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(plain(dataclasses.replace(cfg, tokens=256 * 2000))))
+    command = [sys.executable, "-m", "circuitmill", "train", "--config", str(config)]
+    command += ["--cache", str(cache), "--out", str(tmp_path / "train")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "train" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    assert "a request to stop after step" in errors and "run the same command again" in errors
+
+
 def test_another_configuration_starts_again(finished, cfg, cache, tmp_path):
     shutil.copytree(finished, tmp_path / "train")
     other = dataclasses.replace(cfg, seed=5, tokens=1024)

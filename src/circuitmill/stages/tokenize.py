@@ -28,6 +28,7 @@ from circuitmill.lm.load import context_of, load_config, load_tokenizer, tokeniz
 from circuitmill.logs import Progress, progress
 from circuitmill.stores.corpus import Document, read_documents, require_files
 from circuitmill.stores.files import sha256_file
+from circuitmill.stores.ledger import Ledger
 from circuitmill.stores.manifest import Manifest, StageOutput, load_upstreams
 from circuitmill.stores.packing import Packer
 from circuitmill.stores.token_writer import DocumentsWriter, SplitWriter
@@ -69,7 +70,7 @@ class _Corpus:
             return {"dataset": f"{cfg.dataset} {cfg.dataset_config} {cfg.dataset_split} {cfg.dataset_revision}"}
         return {source: sha256_file(path) for path, source, _ in self._files}
 
-    def size(self) -> float:
+    def size(self) -> int:
         """About how many bytes of text will be read; for the progress bar."""
         cfg = self._cfg
         if cfg.source == "huggingface":
@@ -195,7 +196,7 @@ def run(cfg: TokenizeConfig, *, toyworld: Path | None = None, out: Path) -> Mani
     documents.finish()
     sequences = {split: writer.finish() for split, writer in splits.items()}
     _require_sequences(cfg, sequences, splits)
-    return output.finish(
+    manifest = output.finish(
         {
             "context": cfg.context,
             "bos_id": tokenizer.bos_token_id,
@@ -211,6 +212,9 @@ def run(cfg: TokenizeConfig, *, toyworld: Path | None = None, out: Path) -> Mani
             "documents_per_file": cfg.documents_per_file,
         }
     )
+    # run again, the stage starts anew: what a finished run left may be what is in doubt
+    (out / Ledger.FILE).unlink()
+    return manifest
 
 
 def _split_writer(cfg: TokenizeConfig, output: StageOutput, split: str, bos_id: int) -> SplitWriter:

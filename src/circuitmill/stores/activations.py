@@ -6,8 +6,10 @@ one after the other, in corpus order.
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +48,7 @@ class ActivationStore:
         first = shards["train"][0]
         self.n_layers, self.d_model = first.codec.n_layers, first.codec.d_model
         self._starts = {
-            split: np.concatenate([[0], np.cumsum([shard.n_tokens for shard in parts])])
-            for split, parts in shards.items()
+            split: list(accumulate((shard.n_tokens for shard in parts), initial=0)) for split, parts in shards.items()
         }
 
     @classmethod
@@ -77,7 +78,7 @@ class ActivationStore:
 
     def n_tokens(self, split: str) -> int:
         """Stored tokens of a split."""
-        return int(self._starts[split][-1])
+        return self._starts[split][-1]
 
     def shards(self, split: str) -> list[ActivationShard]:
         """The shards of a split, in corpus order."""
@@ -111,7 +112,7 @@ class ActivationStore:
 
     def _parts(self, split: str, start: int, stop: int) -> Iterator[tuple[ActivationShard, int, int]]:
         starts = self._starts[split]
-        first = int(np.searchsorted(starts, start, side="right")) - 1
+        first = bisect_right(starts, start) - 1
         for shard, offset in zip(self._shards[split][first:], starts[first:], strict=False):
             if offset >= stop:
                 return

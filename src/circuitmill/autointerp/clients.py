@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -41,15 +41,24 @@ class Completion:
     """Tokens billed for the answer."""
 
 
+@runtime_checkable
 class Client(Protocol):
     """Anything that answers messages."""
 
-    name: str
-    """Written beside every score that it gave."""
-    timeout_seconds: float
-    """The client gives up on one call after so long, with a ClientError."""
-    retries: int
-    """How often `ask` repeats a call that failed."""
+    @property
+    def name(self) -> str:
+        """For messages about what went wrong."""
+        ...
+
+    @property
+    def timeout_seconds(self) -> float:
+        """The client gives one call up after so long, with a ClientError."""
+        ...
+
+    @property
+    def retries(self) -> int:
+        """How often `ask` repeats a call that failed."""
+        ...
 
     def complete(self, messages: Sequence[Message]) -> Completion:
         """Answer.
@@ -107,9 +116,7 @@ class RuleJudge:
             task = json.loads(content)
             rule, windows = task["rule"], task["windows"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise self._refuse(
-                "a task in JSON with a rule and windows", f"{type(error).__name__}: {error}"
-            ) from error
+            raise self._refuse("a task in JSON with a rule and windows", f"{type(error).__name__}: {error}") from error
         if not isinstance(rule, str):
             raise self._refuse("an explanation with a rule", "one in words only")
         columns = columns_of(windows)

@@ -58,9 +58,7 @@ def examples_of(features: pa.Table, windows: pa.Table) -> Iterator[Examples]:
         windows: Rows of windows.parquet, in any order.
     """
     windows = windows.select(list({*_WINDOW_ORDER, "texts", "activations"}))
-    windows = windows.take(
-        pc.sort_indices(windows, [(name, "ascending") for name in _WINDOW_ORDER])
-    ).combine_chunks()
+    windows = windows.take(pc.sort_indices(windows, [(name, "ascending") for name in _WINDOW_ORDER])).combine_chunks()
     rows = features.select(["layer", "feature", "n_active", "top_logits", "bottom_logits"])
     rows = rows.sort_by([("layer", "ascending"), ("feature", "ascending")])
     keys = _key(windows)

@@ -9,7 +9,7 @@ A feature that never fires, or hardly ever, is said to do so: an explanation is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -36,10 +36,14 @@ class Explanation:
     """Tokens whose logits it raises far above those of the others."""
 
 
+@runtime_checkable
 class Explainer(Protocol):
     """Anything that explains a feature from its examples."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Written beside every explanation."""
+        ...
 
     def explain(self, examples: Examples) -> Explanation:
         """Explain one feature from its train windows and logits."""
@@ -69,9 +73,7 @@ class TokenExplainer:
         """Explain one feature from its train windows and logits."""
         if examples.n_active == 0:
             return Explanation(f"dead: never fires in {self.n_tokens:,} tokens", self.name)
-        promotes = promoted(
-            examples.top_logits, examples.bottom_logits, self.min_separation, self.max_promoted
-        )
+        promotes = promoted(examples.top_logits, examples.bottom_logits, self.min_separation, self.max_promoted)
         ending = "; promotes " + ", ".join(f'"{text}"' for text in promotes) if promotes else ""
         firing = sum(window.fires for window in examples.train)
         if firing < self.min_windows:
@@ -99,9 +101,7 @@ def evidence_of(windows: Sequence[Window]) -> Evidence:
     return Evidence(columns_of(window.texts for window in windows), weight)
 
 
-def promoted(
-    top: Sequence[Logit], bottom: Sequence[Logit], min_separation: float, limit: int
-) -> tuple[str, ...]:
+def promoted(top: Sequence[Logit], bottom: Sequence[Logit], min_separation: float, limit: int) -> tuple[str, ...]:
     """The tokens whose logits stand out, largest first.
 
     z = (v - m) / s with m the mean and s the standard deviation of a background: the lower half of the
@@ -125,9 +125,7 @@ def promoted(
     return tuple(logit.text for logit, z in zip(top, scores, strict=True) if z >= min_separation)[:limit]
 
 
-def _separation(
-    values: Float[np.ndarray, " item"], mean: float, deviation: float
-) -> Float[np.ndarray, " item"]:
+def _separation(values: Float[np.ndarray, " item"], mean: float, deviation: float) -> Float[np.ndarray, " item"]:
     spread = max(deviation, mean / 6)
     if spread == 0:
         return np.where(values > mean, np.inf, 0.0)

@@ -32,6 +32,7 @@ _AFTER = {
     ("back2",): ("the second word after", "two words after"),
     ("back3",): ("the third word after", "three words after"),
     ("back2", "back1"): ("the word after", "after"),
+    ("back3", "back2"): ("the second word after", "two words after"),
 }
 """Columns of the context -> how it is written with any word and with a word that is named."""
 
@@ -164,9 +165,7 @@ def _piece(evidence: Evidence, tokens: Int[np.ndarray, " item"]) -> str:
     several = 0.0
     shares = {}
     for piece in ("first", "middle", "last"):
-        is_piece: Bool[np.ndarray, " item"] = evidence.columns.codes["piece"][
-            tokens
-        ] == evidence.columns.code(piece)
+        is_piece: Bool[np.ndarray, " item"] = evidence.columns.codes["piece"][tokens] == evidence.columns.code(piece)
         shares[piece] = float(evidence.weight[tokens][is_piece].sum())
         several += shares[piece]
     best = max(shares, key=lambda piece: shares[piece])

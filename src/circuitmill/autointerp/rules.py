@@ -89,9 +89,7 @@ class Rule:
             raise _refuse("a rule in JSON", f"{type(error).__name__}: {error}", text) from error
         for clause in clauses:
             if not 0 < len(clause.columns) <= _MAX_COLUMNS or not set(clause.columns) <= set(COLUMNS):
-                raise _refuse(
-                    "up to three of " + ", ".join(COLUMNS), ", ".join(clause.columns) or "none", text
-                )
+                raise _refuse("up to three of " + ", ".join(COLUMNS), ", ".join(clause.columns) or "none", text)
             if any(len(key) != len(clause.columns) for key in clause.keys):
                 raise _refuse("one string per column in each key", "another number", text)
         return cls(clauses)

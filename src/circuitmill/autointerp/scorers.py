@@ -42,9 +42,7 @@ def detection_question(explanation: Explanation, windows: Sequence[Window]) -> l
     return [Message("user", json.dumps(task, ensure_ascii=False))]
 
 
-def detection(
-    explanation: Explanation, windows: Sequence[Window], client: Client, *, min_windows: int
-) -> Score:
+def detection(explanation: Explanation, windows: Sequence[Window], client: Client, *, min_windows: int) -> Score:
     """Balanced accuracy, precision and recall of telling firing windows from silent ones.
 
     Args:

@@ -36,6 +36,7 @@ _UNKNOWN = -1
 _CUT = (_UNKNOWN, _UNKNOWN)
 _NUMBERED = 5
 _SPECIAL = re.compile(r"<\|?[^<>\s|]+\|?>|\[[A-Z]{3,}\]")
+_BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 _IDEOGRAPH = re.compile("[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _ALONE = ("ideograph", "mark", "space", "special")
 
@@ -55,7 +56,7 @@ class _Shape:
 def _character_class(character: str) -> str:
     if _IDEOGRAPH.match(character):
         return "ideograph"
-    # A token may end inside a character; the replacement sign then stands for the part of a letter.
+    # A token may end inside a character; the replacement sign then stands for a part of a letter.
     if character.isalpha() or character == "\N{REPLACEMENT CHARACTER}":
         return "letter"
     return "digit" if character.isdigit() else "mark"
@@ -63,6 +64,8 @@ def _character_class(character: str) -> str:
 
 @lru_cache(maxsize=1 << 20)
 def _shape(text: str) -> _Shape:
+    if _BYTES.fullmatch(text):
+        return _Shape(False, "letter", "letter", text)
     if _SPECIAL.fullmatch(text):
         return _Shape(False, "special", "special", text)
     core = text.strip()
@@ -150,7 +153,12 @@ def words_of(texts: Sequence[str]) -> list[tuple[int, int, str]]:
             words.append((index, index + 1, shape.core))
         # White space at the end closes the word.
         tail = "space" if text[-1:].isspace() else shape.tail
-    return words
+    return [(*span, _BYTES.sub(_characters, word) if "<0x" in word else word) for *span, word in words]
+
+
+def _characters(match: re.Match) -> str:
+    """The characters that tokens like `<0xC3>`, `<0xA9>` make up together."""
+    return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
 
 
 class _Codes(dict):

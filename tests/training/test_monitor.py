@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from circuitmill.training.interrupt import StopRequest
-from circuitmill.training.monitor import MetricsFile, WandbMirror, read_metrics
+from circuitmill.training.monitor import MetricsFile, read_metrics
 
 
 def test_rows_survive_and_later_ones_are_dropped_on_resume(tmp_path):
@@ -30,17 +30,6 @@ def test_a_fresh_start_empties_the_file(tmp_path):
     path.write_text('{"step": 5}\n')
     MetricsFile(path, resume_step=0).close()
     assert path.read_text() == ""
-
-
-def test_the_mirror_stays_offline_and_below_its_folder(tmp_path, monkeypatch, capfd):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    mirror = WandbMirror(tmp_path, config={"lr": 1e-3}, identity="abc123")
-    mirror.log({"step": 1, "tokens": 32, "ev": 0.5, "l0": [1.0, 2.0], "speed": None})
-    mirror.close()
-    (run,) = (tmp_path / "wandb").glob("offline-run-*-abc123")
-    assert any(run.glob("*.wandb"))
-    captured = capfd.readouterr()
-    assert captured.out == "" and captured.err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

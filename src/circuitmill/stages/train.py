@@ -32,7 +32,7 @@ from circuitmill.training import parallel
 from circuitmill.training.batches import Batches
 from circuitmill.training.interrupt import StopRequest
 from circuitmill.training.loop import train
-from circuitmill.training.monitor import MetricsFile, Row, Sink, WandbMirror, read_metrics
+from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
 from circuitmill.training.state import TrainState, start
 
 METRICS = "metrics.jsonl"
@@ -125,6 +125,9 @@ def _sinks(cfg: TrainConfig, out: Path, step: int) -> Iterator[list[Sink]]:
     """Where rows go; the file first, so that it is complete whatever happens to the mirror."""
     sinks: list[Sink] = [MetricsFile(out / METRICS, resume_step=step)]
     if cfg.wandb:
+        # here, because importing it takes a second that trainings without it need not wait
+        from circuitmill.stores.mirror import WandbMirror
+
         config = plain(cfg)
         sinks.append(WandbMirror(out, config=config, identity=digest_of([config, str(out.resolve())])[:16]))
     try:

@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: a file with one JSON object per row, mirrored to Weights & Biases if asked.
+"""Where the numbers of a training go: a file with one JSON object per row.
 
 The file only grows. A training that resumes from a checkpoint first drops the rows that came after it, so
 that every step appears once, and the file of an interrupted training has the same steps as that of an
@@ -45,48 +45,6 @@ class MetricsFile:
         """Wait until the disk has it."""
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-class WandbMirror:
-    """Mirrors rows to Weights & Biases: files below `folder`/wandb, no network unless WANDB_MODE is "online".
-
-    A resumed training gives the same `identity`, so that uploading joins its parts into one run.
-    """
-
-    def __init__(self, folder: Path, *, config: dict, identity: str) -> None:
-        # here, because training machines without this package must be able to import the module
-        import wandb
-
-        self._run = wandb.init(
-            project="circuitmill",
-            id=identity,
-            dir=str(folder),
-            config=config,
-            mode=os.environ.get("WANDB_MODE", "offline"),
-            resume="allow" if os.environ.get("WANDB_MODE") == "online" else None,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                x_disable_stats=True,
-                x_disable_meta=True,
-            ),
-        )
-
-    def log(self, row: Row) -> None:
-        """Mirror a row; a list becomes one series per layer."""
-        flat = {}
-        for key, value in row.items():
-            if isinstance(value, list):
-                flat |= {f"{key}/layer_{layer}": entry for layer, entry in enumerate(value)}
-            else:
-                flat[key] = value
-        self._run.log(flat, step=int(row["step"]))  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        """Finish the run's files."""
-        self._run.finish()
 
 
 def read_metrics(path: Path) -> list[Row]:

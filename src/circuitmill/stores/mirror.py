@@ -19,7 +19,7 @@ class WandbMirror:
             id=identity,
             dir=str(folder),
             config=config,
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=None if "WANDB_MODE" in os.environ else "offline",
             resume="allow" if os.environ.get("WANDB_MODE") == "online" else None,
             settings=wandb.Settings(
                 silent=True,

@@ -9,9 +9,10 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-Row = dict[str, float | int | list[float | None] | None]
+Row = dict[str, Any]
+"""Numbers, and lists of one number per layer, by name."""
 
 
 @runtime_checkable

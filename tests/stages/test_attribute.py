@@ -270,6 +270,14 @@ def test_dtype_of_the_model_does_not_matter(finished: Path, upstreams: Upstreams
     assert (tmp_path / "graph.json").read_bytes() == (finished / "prompt/mine/graph.json").read_bytes()
 
 
+def test_graphs_without_features(upstreams: Upstreams, tmp_path: Path) -> None:
+    cfg = replace(CFG, node_threshold=1e-6, edge_threshold=1e-6)
+    make_units(cfg, upstreams, tmp_path)
+    manifest = attribute.run(cfg, **upstreams, out=tmp_path)
+    assert manifest.counts["n_features"] == 0 and manifest.counts["n_graphs"] == 3
+    assert manifest.counts["circuits"]["two_hop"]["concepts_found"] == 0
+
+
 def test_missing_graph_is_named_and_earlier_results_stay(copy: Path, upstreams: Upstreams) -> None:
     shutil.rmtree(copy / "prompt" / "mine")
     with pytest.raises(UpstreamError, match="no such file") as caught:

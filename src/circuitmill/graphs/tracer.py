@@ -20,6 +20,7 @@ write the files. The nnsight backend is never imported.
 """
 
 import copy
+import logging
 import sys
 import warnings
 import weakref
@@ -44,6 +45,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from circuitmill.errors import ConfigError, ShapeError, StoreError, UpstreamError
 from circuitmill.graphs.architectures import hooked_config
 from circuitmill.graphs.graph import AttributionGraph, Target
+
+logging.getLogger("circuit_tracer").setLevel(logging.WARNING)
 
 BATCH = 32
 """Graph rows per backward pass. The fastest on a CPU; larger gathers cost more than they save."""

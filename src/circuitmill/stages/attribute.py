@@ -20,13 +20,14 @@ Gather:
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
+
 from circuitmill import distributed
 from circuitmill.config.attribute import AttributeConfig
 from circuitmill.errors import ConfigError, DivergedError, UpstreamError
 from circuitmill.graphs import summary
 from circuitmill.graphs.prompts import encode
 from circuitmill.graphs.truth import Circuit, Named, find_circuit, load_circuits
-from circuitmill.lm.load import load_language_model
 from circuitmill.logs import progress
 from circuitmill.stores.explanations import ExplanationStore
 from circuitmill.stores.features import FeatureStore
@@ -58,11 +59,12 @@ def run_unit(
         UpstreamError: an upstream is missing or does not fit; no feature of the transcoder is active on the prompt.
         DivergedError: an edge differs from what an intervention does.
     """
-    # TransformerLens takes seconds to import, which gathering does without
+    # models take seconds to import, which gathering does without
     from circuitmill.graphs.export import graph_document
     from circuitmill.graphs.interventions import verify_edges
     from circuitmill.graphs.prune import prune, scores
     from circuitmill.graphs.tracer import replacement_model, trace
+    from circuitmill.lm.load import load_language_model
 
     inputs = load_upstreams(toyworld=toyworld, tokenize=tokenize, train=train, features=features, interpret=interpret)
     circuit = _circuit(cfg, prompt, inputs)
@@ -182,7 +184,8 @@ def _write_features(
     """Write the file of every feature in a graph; say what each is."""
     store = FeatureStore.open(inputs["features"])
     # the table holds every feature, sorted by layer and feature
-    rows = store.features().take([layer * store.n_features + feature for layer, feature in wanted]).to_pylist()
+    places = pa.array([layer * store.n_features + feature for layer, feature in wanted], pa.int64())
+    rows = store.features().take(places).to_pylist()
     windows, labels = store.windows_of(wanted), _labels(inputs["interpret"], set(wanted))
     named = {}
     with progress("feature files", total=len(wanted), unit="features") as bar:

@@ -49,7 +49,7 @@ def tokens(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return tokenize.run(cfg, out=folder / "out").folder / "manifest.json"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(tiny_model_dir: Path) -> CacheConfig:
     return CacheConfig(
         model=ModelConfig(source="folder", name=str(tiny_model_dir), revision="", dtype="float32"),
@@ -65,6 +65,12 @@ def config(tiny_model_dir: Path) -> CacheConfig:
         chunk_bytes=4096,
         chunks_per_file=2,
     )
+
+
+@pytest.fixture(scope="module")
+def store(config: CacheConfig, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """The exact store of the whole corpus, for tests that only read."""
+    return _run(config, tokens, tmp_path_factory.mktemp("cache"))
 
 
 def _shard(config: CacheConfig, name: str, tokens: Path, out: Path) -> Manifest:
@@ -90,24 +96,21 @@ def _expected(config: CacheConfig, tokens: Path, split: str) -> tuple[torch.Tens
     return inputs[mask], outputs[mask], ids
 
 
-@pytest.mark.parametrize("codec", ["float32", "int8"])
-def test_the_store_holds_the_models_activations(config: CacheConfig, tokens: Path, tmp_path: Path, codec: str) -> None:
-    config = dataclasses.replace(config, codec=codec)
-    store = _run(config, tokens, tmp_path)
-    for split in ("train", "heldout"):
-        inputs, outputs, ids = _expected(config, tokens, split)
-        rows = store.read(split, 0, store.n_tokens(split))
-        assert len(inputs) == store.n_tokens(split) == (ids != 1).sum()
-        worst = 1e-4 if codec == "int8" else 1e-10
-        assert (rows.inputs - inputs).square().sum() < worst * inputs.square().sum()
-        assert (rows.outputs - outputs).square().sum() < worst * outputs.square().sum()
-        assert np.array_equal(rows.token_id, ids[rows.sequence, rows.position])
-        assert (rows.token_id != 1).all()
-        assert np.array_equal(np.stack([rows.sequence, rows.position], 1), np.argwhere(ids != 1))
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_store_holds_the_models_activations(
+    store: ActivationStore, config: CacheConfig, tokens: Path, split: str
+) -> None:
+    inputs, outputs, ids = _expected(config, tokens, split)
+    rows = store.read(split, 0, store.n_tokens(split))
+    assert len(inputs) == store.n_tokens(split) == (ids != 1).sum()
+    # batches of another size round differently
+    torch.testing.assert_close(rows.inputs, inputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows.outputs, outputs, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(rows.token_id, ids[rows.sequence, rows.position])
+    assert np.array_equal(np.stack([rows.sequence, rows.position], 1), np.argwhere(ids != 1))
 
 
-def test_reading_across_shards_and_without_outputs(config: CacheConfig, tokens: Path, tmp_path: Path) -> None:
-    store = _run(config, tokens, tmp_path)
+def test_reading_across_shards_and_without_outputs(store: ActivationStore) -> None:
     edge = store.shards("train")[0].n_tokens
     whole = store.read("train", 0, store.n_tokens("train"))
     part = store.read("train", edge - 3, edge + 5, outputs=False)
@@ -118,8 +121,7 @@ def test_reading_across_shards_and_without_outputs(config: CacheConfig, tokens: 
         store.read("train", 0, store.n_tokens("train") + 1)
 
 
-def test_normalisation_comes_from_the_train_split(config: CacheConfig, tokens: Path, tmp_path: Path) -> None:
-    store = _run(config, tokens, tmp_path)
+def test_normalisation_comes_from_the_train_split(store: ActivationStore, config: CacheConfig, tokens: Path) -> None:
     inputs, outputs, _ = _expected(config, tokens, "train")
     for x, scale, mean in (
         (inputs, store.normalization.input_scale, store.normalization.input_mean),
@@ -130,8 +132,10 @@ def test_normalisation_comes_from_the_train_split(config: CacheConfig, tokens: P
 
 
 def test_manifest_and_attributes(config: CacheConfig, tokens: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(config, codec="int8")
-    store = _run(config, tokens, tmp_path)
+    store = _run(dataclasses.replace(config, codec="int8"), tokens, tmp_path)
+    inputs, _, _ = _expected(config, tokens, "heldout")
+    restored = store.read("heldout", 0, len(inputs)).inputs
+    assert 0 < (restored - inputs).square().sum() < 1e-4 * inputs.square().sum()
     counts = store.manifest.counts
     assert counts["tokens"] == {"train": store.n_tokens("train"), "heldout": store.n_tokens("heldout")}
     assert (counts["n_layers"], counts["d_model"]) == (2, 16)

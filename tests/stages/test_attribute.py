@@ -231,7 +231,7 @@ def test_the_page_finds_every_feature_through_the_scan(finished: Path) -> None:
 
 
 def test_summary_says_where_a_concept_is_named_and_how(finished: Path) -> None:
-    first, second, mine = read_json(finished / "summary.json")["prompts"]
+    first, second, mine = read_json(finished / "summary.json")["graphs"]
     (texas,), (nowhere,) = first["concepts"], second["concepts"]
     assert texas["found"] and texas["expected_pos"] == len("The state of Dallas")
     assert (nowhere["found"], nowhere["best"]) == (False, None)
@@ -246,7 +246,7 @@ def test_a_prompt_has_its_graph_scores_and_edge_check(finished: Path, upstreams:
     unit = load_manifest(finished / "prompt" / "two_hop-00" / "manifest.json", "attribute", "two_hop-00")
     assert set(unit.files) == {"graph.json", "scores.json"}
     figures = read_json(unit.file("scores.json"))
-    assert figures["name"] == "two_hop-00" and figures["prompt"] == PROMPT
+    assert figures["prompt"] == "two_hop-00" and figures["text"] == PROMPT
     assert figures["edge_check"]["n_features"] == 2 and figures["edge_check"]["relative"] < 1e-4
     assert figures["prediction"] == figures["targets"][0]
     assert figures["n_nodes"] == unit.counts["n_nodes"] > figures["n_links"] ** 0.5

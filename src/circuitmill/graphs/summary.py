@@ -54,8 +54,8 @@ def record(
     """
     targets = [{**dataclasses.asdict(target), "probability": rounded(target.probability)} for target in graph.targets]
     return {
-        "name": name,
-        "prompt": graph.prompt,
+        "prompt": name,
+        "text": graph.prompt,
         "tokens": list(graph.token_texts),
         "replacement_score": rounded(scores.replacement),
         "completeness": rounded(scores.completeness),

@@ -14,7 +14,7 @@ Gather:
 | graph-metadata.json | index of the graphs |
 | graph_data/<name>.json | the graphs |
 | features/<id>.json | one file per feature of any graph; id is the Cantor number of (layer, feature) |
-| summary.json | `prompts`: the figures of every graph with the features that name known concepts; totals |
+| summary.json | `graphs`: the figures of every graph with the features that name known concepts; totals |
 """
 
 import dataclasses
@@ -155,14 +155,14 @@ def run(
     documents = {name: read_graph(unit.file("graph.json")) for name, unit in units.items()}
     nodes = [node for document in documents.values() for node in graph_features(document)]
     named = _write_features(cfg, inputs, sorted({(node["layer"], node["feature"]) for node in nodes}), output)
-    prompts = []
+    graphs = []
     for name, document in documents.items():
         write_json(output.path("graph_data", f"{name}.json"), document)
-        prompts.append(summary.with_concepts(read_json(units[name].file("scores.json")), document, named))
+        graphs.append(summary.with_concepts(read_json(units[name].file("scores.json")), document, named))
     write_index(output.path("graph-metadata.json"), documents.values())
-    totals = summary.totals(prompts)
-    write_json(output.path("summary.json"), {"prompts": prompts, **totals})
-    return output.finish({"n_graphs": len(prompts), "n_features": len(named), **totals})
+    totals = summary.totals(graphs)
+    write_json(output.path("summary.json"), {"graphs": graphs, **totals})
+    return output.finish({"n_graphs": len(graphs), "n_features": len(named), **totals})
 
 
 def _unit(cfg: AttributeConfig, name: str, inputs: dict[str, Manifest], out: Path) -> Manifest:

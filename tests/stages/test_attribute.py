@@ -19,7 +19,7 @@ from circuitmill.graphs import interventions
 from circuitmill.graphs.graph import EdgeCheck
 from circuitmill.stages import attribute
 from circuitmill.stores.clt import save_clt
-from circuitmill.stores.explanations import write_explanations
+from circuitmill.stores.explanations import EXPLANATIONS, write_explanations
 from circuitmill.stores.features import BLOCKS, FEATURES, INDEX, INDEX_ROWS, WINDOWS
 from circuitmill.stores.graphs import cantor, read_json
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest
@@ -103,7 +103,7 @@ def write_labels(out: Path, before: str = "") -> None:
         {"layer": layer, "feature": feature, "explanation": before + text_of(layer, feature), "n_scored": 0}
         for layer, feature in KEYS
     ]
-    write_explanations(out / "explanations.parquet", rows)
+    write_explanations(out / "explanations.parquet", pa.Table.from_pylist(rows, schema=EXPLANATIONS))
 
 
 def circuit(prompt: str = PROMPT, name: str = "Texas") -> dict:

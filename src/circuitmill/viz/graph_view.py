@@ -87,7 +87,7 @@ def graph_entry(document: Mapping[str, Any], summary: Mapping[str, Any]) -> dict
         "replacement_score": summary["replacement_score"],
         "completeness": summary["completeness"],
         "unattributed": summary["unattributed"],
-        "edge_error": summary["edge_check"]["relative"],
+        "edge_error": summary["edge_check"] and summary["edge_check"]["relative"],
         "n_nodes": len(document["nodes"]),
         "n_links": len(document["links"]),
         "concepts": [_concept(concept) for concept in summary["concepts"]],

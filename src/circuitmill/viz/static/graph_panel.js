@@ -108,7 +108,7 @@
         fact("Replacement score", number(entry.replacement_score)),
         fact("Completeness", number(entry.completeness)),
         fact("Unattributed", percent(entry.unattributed, 1)),
-        fact("Edges against interventions", "within " + number(entry.edge_error, 2)),
+        entry.edge_error === null ? null : fact("Edges against interventions", "within " + number(entry.edge_error, 2)),
         fact("In this view", view.visible.size + " nodes of " + graph.nodes.length + ", " + graph.links.length.toLocaleString("en-US") + " edges"),
         entry.expected === null ? null : fact("Expected answer", el("span", { class: entry.correct ? "good" : "bad" }, entry.expected + (entry.correct ? " ✓" : " ✗")))
       ),

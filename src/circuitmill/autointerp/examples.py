@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float
 
 _WINDOW_ORDER = ("layer", "feature", "split", "kind", "rank", "quantile", "sequence", "start")
@@ -58,7 +57,7 @@ def examples_of(features: pa.Table, windows: pa.Table) -> Iterator[Examples]:
         windows: Rows of windows.parquet, in any order.
     """
     windows = windows.select(list({*_WINDOW_ORDER, "texts", "activations"}))
-    windows = windows.take(pc.sort_indices(windows, [(name, "ascending") for name in _WINDOW_ORDER])).combine_chunks()
+    windows = windows.sort_by([(name, "ascending") for name in _WINDOW_ORDER]).combine_chunks()
     rows = features.select(["layer", "feature", "n_active", "top_logits", "bottom_logits"])
     rows = rows.sort_by([("layer", "ascending"), ("feature", "ascending")])
     keys = _key(windows)
@@ -89,7 +88,8 @@ def _windows(table: pa.Table) -> list[tuple[str, Window]]:
     activations = table.column("activations").combine_chunks()
     flat_texts = texts.flatten().to_pylist()
     flat_activations = activations.flatten().to_numpy(zero_copy_only=False)
-    ends = np.cumsum(pc.list_value_length(texts).to_numpy(zero_copy_only=False)).tolist()
+    offsets = texts.offsets.to_numpy()
+    ends = (offsets[1:] - offsets[0]).tolist()
     return [
         (split, Window(tuple(flat_texts[start:stop]), flat_activations[start:stop]))
         for split, start, stop in zip(table.column("split").to_pylist(), [0, *ends[:-1]], ends, strict=True)

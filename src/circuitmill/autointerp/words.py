@@ -153,7 +153,7 @@ def words_of(texts: Sequence[str]) -> list[tuple[int, int, str]]:
             words.append((index, index + 1, shape.core))
         # White space at the end closes the word.
         tail = "space" if text[-1:].isspace() else shape.tail
-    return [(*span, _BYTES.sub(_characters, word) if "<0x" in word else word) for *span, word in words]
+    return [(start, stop, _BYTES.sub(_characters, word) if "<0x" in word else word) for start, stop, word in words]
 
 
 def _characters(match: re.Match) -> str:

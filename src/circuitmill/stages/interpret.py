@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from circuitmill.autointerp.clients import Client, RuleJudge
 from circuitmill.autointerp.examples import Examples, examples_of
@@ -27,6 +26,7 @@ from circuitmill.logs import progress
 from circuitmill.stores.explanations import (
     FILE,
     ExplanationStore,
+    explanations_table,
     repeated_or_missing,
     write_explanations,
 )
@@ -57,8 +57,9 @@ def run_unit(cfg: InterpretConfig, *, block: str, features: Path, out: Path) -> 
         for examples in examples_of(table, windows):
             rows.append(_row(cfg, explainer, judge, examples))
             bar.advance(1)
-    written = write_explanations(output.path(FILE), rows)
-    return output.finish(_counts(written))
+    explanations = explanations_table(rows)
+    write_explanations(output.path(FILE), explanations)
+    return output.finish(_counts(explanations))
 
 
 def run(cfg: InterpretConfig, *, features: Path, out: Path) -> Manifest:
@@ -83,11 +84,11 @@ def run(cfg: InterpretConfig, *, features: Path, out: Path) -> Manifest:
             fix="delete the folder and run stage interpret again",
         )
     output = StageOutput("interpret", cfg, upstreams, out, keep=("block",))
-    table = write_explanations(output.path(FILE), table)
+    write_explanations(output.path(FILE), table)
     summary = _counts(table)
+    layers = table["layer"].to_numpy()
     per_layer = [
-        {"layer": layer, **_counts(table.filter(pc.equal(table["layer"], layer)))}
-        for layer in range(counts["n_layers"])
+        {"layer": layer, **_counts(table.filter(pa.array(layers == layer)))} for layer in range(counts["n_layers"])
     ]
     atomic_write(output.path(SUMMARY), json.dumps({**summary, "per_layer": per_layer}, indent=1) + "\n")
     return output.finish(summary)

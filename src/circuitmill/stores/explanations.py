@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from circuitmill.errors import StoreError
@@ -43,19 +43,14 @@ EXPLANATIONS = pa.schema(
 _SORTED = [("layer", "ascending"), ("feature", "ascending")]
 
 
-def write_explanations(path: Path, rows: Sequence[Mapping[str, Any]] | pa.Table) -> pa.Table:
-    """Write explanations, sorted, whole or not at all.
+def explanations_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows with the columns as keys, as a table."""
+    return pa.Table.from_pylist(list(rows), schema=EXPLANATIONS)
 
-    Args:
-        rows: Mappings with the columns as keys, or a table of them.
 
-    Returns:
-        What was written.
-    """
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=EXPLANATIONS)
-    table = table.sort_by(_SORTED)
-    write_parquet(path, table, ROW_GROUP)
-    return table
+def write_explanations(path: Path, table: pa.Table) -> None:
+    """Write explanations, sorted, whole or not at all."""
+    write_parquet(path, table.sort_by(_SORTED), ROW_GROUP)
 
 
 class ExplanationStore:
@@ -122,8 +117,7 @@ class ExplanationStore:
 
 def repeated_or_missing(table: pa.Table, n_layers: int, n_features: int) -> str | None:
     """What keeps a table from holding every feature once, in words; None if it does."""
-    number = pc.add(pc.multiply(table["layer"].cast(pa.int64()), n_features), table["feature"])
-    found = set(number.to_pylist())
+    found = set((table["layer"].to_numpy().astype(np.int64) * n_features + table["feature"].to_numpy()).tolist())
     if len(found) < len(table):
         return f"{len(table) - len(found)} rows for features that have one"
     missing = sorted(set(range(n_layers * n_features)) - found)

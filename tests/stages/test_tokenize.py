@@ -228,11 +228,17 @@ def test_hub_data_set_layout(config: TokenizeConfig, tmp_path: Path, monkeypatch
         tokenize.run(absent, out=tmp_path / "absent")
 
 
-def test_the_hub_needs_permission_and_a_limit(config: TokenizeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"permission to contact(.|\n)*tokenize\.network(.|\n)*network=true"):
-        dataclasses.replace(config, source="huggingface", dataset="a/b")
-    with pytest.raises(ConfigError, match=r"tokenize\.max_train_tokens"):
-        dataclasses.replace(config, source="huggingface", dataset="a/b", network=True)
+def test_the_source_must_be_complete(config: TokenizeConfig, tmp_path: Path) -> None:
+    hub = dataclasses.replace(config, source="huggingface", dataset="a/b")
+    for cfg, message in (
+        (hub, r"permission to contact(.|\n)*tokenize\.network(.|\n)*network=true"),
+        (dataclasses.replace(hub, network=True), r"tokenize\.max_train_tokens"),
+        (dataclasses.replace(config, files=()), r"at least one file(.|\n)*tokenize\.files"),
+        (dataclasses.replace(config, files=("a.pdf",)), r"\.jsonl\.zst, \.parquet(.|\n)*a\.pdf"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tokenize.run(cfg, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_corpus_keeps_its_split_but_not_copies(

@@ -78,10 +78,6 @@ class TokenizeConfig:
                 "heldout_fraction",
                 "hold some documents out: evaluation needs them",
             )
-        if self.source == "files":
-            self._check_files()
-        if self.source == "huggingface":
-            self._check_dataset()
         if self.source == "toyworld" and self.model.source != "toyworld":
             raise ConfigError(
                 "model.source toyworld with the embedded corpus",
@@ -90,20 +86,21 @@ class TokenizeConfig:
                 fix="choose tokenize: files or huggingface, or model: toyworld",
             )
 
-    def _check_files(self) -> None:
-        _require(bool(self.files), "at least one file", self.files, "files", "name the text files to read")
-        _require(
-            len(set(self.files)) == len(self.files),
-            "each file once",
-            self.files,
-            "files",
-            "remove repetitions",
-        )
-        for file in self.files:
-            good = PurePath(file).name.endswith(FILE_TYPES)
-            _require(good, f"a file ending in {', '.join(FILE_TYPES)}", file, "files", "convert or rename the file")
+    def require_source(self) -> None:
+        """Check what an option file leaves to the run: which files, and whether the hub may be contacted.
 
-    def _check_dataset(self) -> None:
+        Raises:
+            ConfigError: no files, files of an unknown kind, or no permission or limit for the hub.
+        """
+        if self.source == "files":
+            _require(bool(self.files), "at least one file", self.files, "files", "name the text files to read")
+            for file in self.files:
+                good = PurePath(file).name.endswith(FILE_TYPES)
+                _require(good, f"a file ending in {', '.join(FILE_TYPES)}", file, "files", "convert or rename the file")
+        if self.source == "huggingface":
+            self._require_hub()
+
+    def _require_hub(self) -> None:
         _require(bool(self.dataset), "a data set on the hub", self.dataset, "dataset", "name one")
         _require(
             self.network,

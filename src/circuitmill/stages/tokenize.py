@@ -174,6 +174,7 @@ def run(cfg: TokenizeConfig, *, toyworld: Path | None = None, out: Path) -> Mani
         StoreError: the text is damaged.
         UpstreamError: the output of stage toyworld is missing or stale.
     """
+    cfg.require_source()
     upstreams = load_upstreams(toyworld=toyworld)
     world = upstreams.get("toyworld")
     folder = world.folder if world else None

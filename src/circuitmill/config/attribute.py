@@ -38,9 +38,7 @@ class AttributeConfig:
         for key in ("max_logits", "max_feature_nodes", "feature_windows"):
             self._require(getattr(self, key) > 0, "a positive number", key, getattr(self, key))
         for key in ("logit_mass", "node_threshold", "edge_threshold"):
-            self._require(
-                0 < getattr(self, key) <= 1, "a share above 0 and at most 1", key, getattr(self, key)
-            )
+            self._require(0 < getattr(self, key) <= 1, "a share above 0 and at most 1", key, getattr(self, key))
         self._require(self.verify_edges >= 0, "a number of at least 0", "verify_edges", self.verify_edges)
         for kind, count in self.circuits.items():
             self._require(count >= 0, "a number of at least 0", f"circuits.{kind}", count)
@@ -74,8 +72,4 @@ class AttributeConfig:
 
     def circuit_of(self) -> dict[str, tuple[str, int]]:
         """Prompt name -> kind and number of the circuit it is."""
-        return {
-            f"{kind}-{index:02d}": (kind, index)
-            for kind, count in self.circuits.items()
-            for index in range(count)
-        }
+        return {f"{kind}-{index:02d}": (kind, index) for kind, count in self.circuits.items() for index in range(count)}

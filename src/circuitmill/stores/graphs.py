@@ -53,9 +53,7 @@ def write_json(path: Path, document: Any) -> None:
         StoreError: a number is not finite.
     """
     try:
-        text = json.dumps(
-            document, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        )
+        text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
         raise StoreError(
             "finite numbers", found=str(error), where=path, fix="report the prompt; this is a bug"
@@ -72,9 +70,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StoreError(
-            "a JSON file", found=str(error), where=path, fix="rerun the stage that writes it"
-        ) from error
+        raise StoreError("a JSON file", found=str(error), where=path, fix="rerun the stage that writes it") from error
 
 
 def read_graph(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from circuitmill.config.decode import decode
 from circuitmill.config.toyworld import ToyworldConfig
-from circuitmill.toyworld.corpus import write_documents
+from circuitmill.toyworld.corpus import split_documents, write_documents
 from circuitmill.toyworld.tokenizer import make_tokenizer
 from circuitmill.toyworld.world import World, make_world
 
@@ -37,13 +37,13 @@ def world(default_cfg: ToyworldConfig) -> World:
 
 @pytest.fixture(scope="session")
 def documents(world: World, default_cfg: ToyworldConfig) -> list[str]:
-    """The whole training text of the demo."""
-    return write_documents(world, default_cfg.corpus.mix, default_cfg.corpus.documents, stream="train")
+    """Everything that the demo's language model is trained on."""
+    return write_documents(world, default_cfg.corpus.mix, default_cfg.corpus.documents)
 
 
 @pytest.fixture(scope="session")
-def heldout(world: World, default_cfg: ToyworldConfig, documents: list[str]) -> list[str]:
-    return write_documents(world, default_cfg.corpus.mix, 500, stream="heldout", exclude=frozenset(documents))
+def heldout(default_cfg: ToyworldConfig, documents: list[str]) -> list[str]:
+    return split_documents(documents, default_cfg.corpus.heldout_share)[1]
 
 
 @pytest.fixture(scope="session")

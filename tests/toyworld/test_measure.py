@@ -5,7 +5,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.modeling_outputs import CausalLMOutput
 
 from circuitmill.toyworld import facts
-from circuitmill.toyworld.measure import ablation, exchange, heldout_batches, heldout_loss, token_stream
+from circuitmill.toyworld.measure import ablation, exchange, mean_loss, token_stream, windows
 from circuitmill.toyworld.questions import all_tasks
 from circuitmill.toyworld.tasks import Encoder
 from circuitmill.toyworld.world import World
@@ -91,7 +91,7 @@ def test_ablation_finds_the_mlp_that_is_needed(
 ):
     task = all_tasks(world)["two_hop_city"]
     capitals = [item for item in task["items"] if item["relation"] == "capital"][::40]
-    batches = heldout_batches(tokenizer, heldout[:20], 32)
+    batches = windows(tokenizer, heldout[:20], 32)
     accuracy = ablation(mechanism, tokenizer, {**task, "items": capitals}, batches)
     assert accuracy == {"none": 1.0, "mlp_0": pytest.approx(0, abs=0.2), "mlp_1": 1.0, "all": accuracy["mlp_0"]}
 
@@ -105,13 +105,11 @@ def test_stream_and_windows(tokenizer: PreTrainedTokenizerFast):
     assert tokenizer.convert_ids_to_tokens(stream.tolist()) == [
         "<|endoftext|>", "Every", "Ġbird", "<|endoftext|>", "3", "6", "+", "5", "9",
     ]  # fmt: skip
-    (batch,) = heldout_batches(tokenizer, ["Every bird", "36+59"], 4)
+    (batch,) = windows(tokenizer, ["Every bird", "36+59"], 4)
     assert batch.tolist() == [stream[:4].tolist(), stream[4:8].tolist()]
 
 
-def test_heldout_loss_of_one_who_knows_nothing(
-    mechanism: Mechanism, tokenizer: PreTrainedTokenizerFast, heldout: list[str]
-):
-    batches = heldout_batches(tokenizer, [text for text in heldout if "+" in text], 16)
-    loss = heldout_loss(mechanism, batches)
+def test_loss_of_one_who_knows_nothing(mechanism: Mechanism, tokenizer: PreTrainedTokenizerFast, heldout: list[str]):
+    batches = windows(tokenizer, [text for text in heldout if "+" in text], 16)
+    loss = mean_loss(mechanism, batches)
     assert loss == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), abs=0.05)

@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, windows: Windo
     with torch.no_grad():
         run.model.get_input_embeddings().weight[256] = float("inf")
     before = {name: tensor.clone() for name, tensor in run.state().items()}
-    with pytest.raises(DivergedError, match=r"finite loss; found (nan|inf)\n.*update 1 of 24\n.*lr_matrices"):
+    with pytest.raises(DivergedError, match=r"finite loss; found (nan|inf)\n.*update 1 of 24\n.*lr_attention"):
         run.update(windows.batch(0, 4))
     after = run.state()
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
@@ -101,12 +101,13 @@ def test_muon_has_the_matrices_and_smaller_rates_for_keys_and_queries(start):
     run = start()
     muon, adamw = run._optimizers["muon"], run._optimizers["adamw"]
     names = {id(weight): name for name, weight in run.model.named_parameters()}
-    matrices, key_query = ([names[id(weight)] for weight in group["params"]] for group in muon.param_groups)
-    assert {name.split(".")[-2] for name in matrices} == {"v_proj", "out_proj", "c_fc", "c_proj"}
+    mlp, attention, key_query = ([names[id(weight)] for weight in group["params"]] for group in muon.param_groups)
+    assert {name.split(".")[-2] for name in mlp} == {"c_fc", "c_proj"}
+    assert {name.split(".")[-2] for name in attention} == {"v_proj", "out_proj"}
     assert {name.split(".")[-2] for name in key_query} == {"q_proj", "k_proj"}
     rest = [names[id(weight)] for weight in adamw.param_groups[0]["params"]]
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(rest)
-    assert sorted(matrices + key_query + rest) == sorted(names.values())
+    assert sorted(mlp + attention + key_query + rest) == sorted(names.values())
 
 
 def test_batches_begin_at_documents_and_depend_on_seed_and_number_alone():

@@ -16,18 +16,21 @@ class CorpusConfig:
     """The generated text."""
 
     documents: int
-    """Training documents, about 15 tokens each."""
-    heldout_documents: int
-    """Documents that occur nowhere in the training text, for the loss on unseen text."""
+    """Documents, about 15 tokens each; the language model is trained on all of them."""
+    heldout_share: float
+    """Share of distinct documents that is kept from transcoders: a file of its own, split by hash of the text."""
     mix: dict[str, float]
     """Family of documents -> share; relative."""
 
     def __post_init__(self) -> None:
         _require(self.documents > 0, "a positive number", self.documents, "corpus.documents")
-        _require(self.heldout_documents > 0, "a positive number", self.heldout_documents, "corpus.heldout_documents")
+        _require(0 < self.heldout_share < 1, "a share between 0 and 1", self.heldout_share, "corpus.heldout_share")
         shares = list(self.mix.values())
         _require(
-            bool(shares) and min(shares) >= 0 and sum(shares) > 0, "shares of at least 0", self.mix, "corpus.mix"
+            bool(shares) and min(shares) >= 0 and sum(shares) > 0,
+            "shares of at least 0",
+            self.mix,
+            "corpus.mix",
         )
 
 
@@ -83,8 +86,10 @@ class PretrainConfig:
     """Share of the budget after which the learning rates fall linearly."""
     final_lr: float
     """Share of the learning rates that is left at the end."""
-    lr_matrices: float
-    """Muon's learning rate, for the matrices inside the blocks."""
+    lr_attention: float
+    """Muon's learning rate for the matrices of attention."""
+    lr_mlp: float
+    """Muon's learning rate for the matrices of the MLPs."""
     lr_rest: float
     """AdamW's learning rate, for embeddings, biases and norms."""
     weight_decay: float
@@ -95,7 +100,7 @@ class PretrainConfig:
     """Tokens between two checkpoints."""
 
     def __post_init__(self) -> None:
-        for key in ("tokens", "batch_tokens", "lr_matrices", "lr_rest", "clip", "checkpoint_tokens"):
+        for key in ("tokens", "batch_tokens", "lr_attention", "lr_mlp", "lr_rest", "clip", "checkpoint_tokens"):
             _require(getattr(self, key) > 0, "a positive number", getattr(self, key), f"pretrain.{key}")
         for key in ("decay_from", "final_lr"):
             _require(0 <= getattr(self, key) <= 1, "a share from 0 to 1", getattr(self, key), f"pretrain.{key}")

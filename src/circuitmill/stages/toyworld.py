@@ -2,7 +2,8 @@
 
 | written | what |
 |---|---|
-| corpus/train.txt, corpus/heldout.txt | one document per line, UTF-8 |
+| corpus/train.txt, corpus/heldout.txt | one document per line, UTF-8; split by hash of the text, for transcoders: the
+  language model is trained on both |
 | model/ | Hugging Face folder: config, weights (safetensors, float32), tokenizer |
 | truth.json | tasks with answers, circuits with the concepts they pass through |
 | metrics.jsonl | tokens, loss (nats per token), share of the peak learning rate |
@@ -25,7 +26,7 @@ from circuitmill.errors import ConfigError, DivergedError
 from circuitmill.stores.files import atomic_write
 from circuitmill.stores.manifest import Manifest, StageOutput
 from circuitmill.toyworld import measure
-from circuitmill.toyworld.corpus import write_documents
+from circuitmill.toyworld.corpus import split_documents, write_documents
 from circuitmill.toyworld.families import FAMILIES
 from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain
 from circuitmill.toyworld.questions import BEYOND, all_tasks
@@ -50,11 +51,9 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
     _check_names("toyworld.accept", cfg.accept, (*tasks, *_DERIVED))
     output = StageOutput("toyworld", cfg, {}, out)
 
-    documents = write_documents(world, cfg.corpus.mix, cfg.corpus.documents, stream="train")
-    heldout = write_documents(
-        world, cfg.corpus.mix, cfg.corpus.heldout_documents, stream="heldout", exclude=frozenset(documents)
-    )
-    atomic_write(output.path("corpus", "train.txt"), "\n".join(documents) + "\n")
+    documents = write_documents(world, cfg.corpus.mix, cfg.corpus.documents)
+    train, heldout = split_documents(documents, cfg.corpus.heldout_share)
+    atomic_write(output.path("corpus", "train.txt"), "\n".join(train) + "\n")
     atomic_write(output.path("corpus", "heldout.txt"), "\n".join(heldout) + "\n")
     atomic_write(output.path("truth.json"), json.dumps(truth(world), indent=1, ensure_ascii=False) + "\n")
 
@@ -65,15 +64,13 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
         _train(cfg, tokenizer, stream, output)
     # What is measured is what was saved.
     model = AutoModelForCausalLM.from_pretrained(output.path("model"), local_files_only=True).eval()
-    batches = measure.heldout_batches(tokenizer, heldout, cfg.transformer.context)
+    batches = measure.windows(tokenizer, heldout, cfg.transformer.context)
     figures = _measure(model, tokenizer, world, tasks, batches)
     _accept(cfg, figures)
     return output.finish(
         {
-            "documents": len(documents),
-            "heldout_documents": len(heldout),
+            "documents": {"train": len(train), "heldout": len(heldout)},
             "tokens": len(stream),
-            "heldout_tokens": sum(tokens.numel() for tokens in batches),
             "pretrain_tokens": cfg.pretrain.tokens // cfg.pretrain.batch_tokens * cfg.pretrain.batch_tokens,
             "parameters": model.num_parameters(),
             "d_vocab": len(tokenizer),
@@ -101,7 +98,8 @@ def _train(
 
 
 _DERIVED = ("exchange", "mlps_needed")
-"""Figures that `accept` can name beside the tasks; both are better when larger."""
+"""Figures that `accept` can name beside the tasks, both better when larger: the best exchange after any layer but the
+last, and one minus the two-hop accuracy that is left without MLPs."""
 
 
 def _measure(
@@ -115,16 +113,17 @@ def _measure(
         "items": {name: score.n for name, score in scores.items()},
         "exchange": measure.exchange(model, tokenizer, world),
         "ablation": ablation,
-        "loss": {"heldout": measure.heldout_loss(model, batches)},
+        "loss": measure.mean_loss(model, batches),
     }
 
 
 def _accept(cfg: ToyworldConfig, figures: dict) -> None:
-    inner = [figures["exchange"][f"after_layer_{layer}"] for layer in range(1, cfg.transformer.n_layers - 1)]
+    # After the last layer nothing moves between positions any more.
+    carried = [figures["exchange"][f"after_layer_{layer}"] for layer in range(cfg.transformer.n_layers - 1)]
     found = {
         **figures["accuracy"],
         **figures["beyond"],
-        "exchange": max(inner, default=0.0),
+        "exchange": max(carried, default=0.0),
         "mlps_needed": 1 - figures["ablation"]["all"],
     }
     short = {name: bar for name, bar in cfg.accept.items() if found[name] < bar}

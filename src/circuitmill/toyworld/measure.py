@@ -6,7 +6,7 @@ Two interventions show whether the two-hop bridge is somewhere a graph can find 
   for another city in the same question; the share of cases where the answer becomes the other place's. Counted
   over ordered pairs of held-out cities of the same kind whose names have the same number of tokens (so that
   nothing but the city differs) and whose capitals the model names.
-- **Ablation**: replace the output of one MLP, or of all, by its mean over the held-out text; the accuracy
+- **Ablation**: replace the output of one MLP, or of all, by its mean over a text; the accuracy
   left on two-hop questions about held-out cities.
 """
 
@@ -67,10 +67,10 @@ def task_scores(
     return score_tasks(tasks, tokenizer, _logits(model))
 
 
-def heldout_batches(
+def windows(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], context: int
 ) -> list[Int[Tensor, "sequence pos"]]:
-    """Held-out documents as full windows, BOS in front of each document; what is left over is dropped."""
+    """Documents as full windows, BOS in front of each document; what is left over is dropped."""
     stream = token_stream(tokenizer, documents)
     n_windows = len(stream) // context
     windows = torch.from_numpy(stream[: n_windows * context].astype(np.int64)).reshape(n_windows, context)
@@ -84,7 +84,7 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> In
     return np.array([token for ids in encoded for token in (bos, *ids)], dtype=np.int32)
 
 
-def heldout_loss(model: PreTrainedModel, batches: list[Int[Tensor, "sequence pos"]]) -> float:
+def mean_loss(model: PreTrainedModel, batches: list[Int[Tensor, "sequence pos"]]) -> float:
     """Mean cross-entropy in nats per token."""
     logits = _logits(model)
     total = sum(next_token_loss(logits(tokens), tokens).item() * len(tokens) for tokens in batches)

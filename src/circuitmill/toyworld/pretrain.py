@@ -72,18 +72,21 @@ class Pretraining:
         self.done = 0
         """Updates made."""
         embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        matrices, key_query, rest = [], [], []
+        mlp, attention, key_query, rest = [], [], [], []
         for name, weight in model.named_parameters():
             if weight.ndim != 2 or id(weight) in embeddings or ".wpe." in name:
                 rest.append(weight)
+            elif is_key_or_query(name):
+                key_query.append(weight)
             else:
-                (key_query if is_key_or_query(name) else matrices).append(weight)
+                (mlp if ".mlp." in name else attention).append(weight)
         groups = [
-            {"params": matrices, "lr": cfg.lr_matrices},
-            {"params": key_query, "lr": cfg.lr_matrices * key_query_scale},
+            {"params": mlp, "lr": cfg.lr_mlp},
+            {"params": attention, "lr": cfg.lr_attention},
+            {"params": key_query, "lr": cfg.lr_attention * key_query_scale},
         ]
         self._optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(groups, lr=cfg.lr_matrices, weight_decay=cfg.weight_decay, momentum=_MOMENTUM),
+            "muon": torch.optim.Muon(groups, lr=cfg.lr_mlp, weight_decay=cfg.weight_decay, momentum=_MOMENTUM),
             "adamw": torch.optim.AdamW(rest, lr=cfg.lr_rest, betas=_BETAS, weight_decay=0.0, fused=True),
         }
         for group in self._groups():
@@ -117,7 +120,7 @@ class Pretraining:
                 "a finite loss",
                 found=value,
                 where=f"toyworld pretraining, update {self.done + 1} of {self.n_updates}",
-                fix="lower toyworld.pretrain.lr_matrices and toyworld.pretrain.lr_rest",
+                fix="lower toyworld.pretrain.lr_attention, lr_mlp and lr_rest",
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)

@@ -66,11 +66,11 @@ def test_missing_frozen_file(tmp_path: Path):
 
 
 def test_variants_override_train_and_later_only():
-    run = load_run("demo", ["variants={a: [train.seed=5], b: []}"])
+    run = load_run("demo", ["+variants.a=['train.seed=5']", "+variants.b=[]"])
     assert run.variants == ("a", "b")
     assert run.config("train", "a").seed == 5 != run.config("train", "b").seed
     assert list(run.stages["cache"]) == [""]
     with pytest.raises(ConfigError, match="a variant that overrides train or later stages only"):
-        load_run("demo", ["variants={a: [cache.train_shards=2]}"])
+        load_run("demo", ["+variants.a=['cache.train_shards=2']"])
     with pytest.raises(ConfigError, match="a variant name"):
-        load_run("demo", ["variants={config: []}"])
+        load_run("demo", ["+variants.config=[]"])

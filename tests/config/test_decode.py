@@ -66,7 +66,7 @@ def test_reports_all_problems_at_once_with_dotted_keys():
         ("shares", [1], "outer.shares: expected a mapping"),
         ("inner", 3, "outer.inner: expected a mapping, found 3 (int)"),
         ("lr", True, "outer.lr: expected float, found True (bool)"),
-        ("lr", -1.0, "outer.lr: expected a positive rate, found -1.0"),
+        ("lr", -1.0, "outer.lr: expected a positive rate, found -1.0 (raise it)"),
     ],
 )
 def test_refuses_a_value_of_the_wrong_type(key: str, value: object, message: str):

@@ -130,6 +130,13 @@ def test_foreign_leftovers_are_cleared_and_units_kept(tmp_path: Path):
     assert set(output.finish({}).files) == {"own"}
 
 
+def test_finished_work_is_done_anew(tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / "sub" / "data.txt").write_text("damaged since")
+    again = StageOutput("tokenize", Config(), {}, tmp_path)
+    assert not again.ledger.continued and not (tmp_path / "sub").exists()
+
+
 def test_starting_removes_the_done_mark(tmp_path: Path):
     write(tmp_path)
     StageOutput("tokenize", Config(), {}, tmp_path)

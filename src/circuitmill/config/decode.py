@@ -25,9 +25,10 @@ class Complaint:
     key: str
     expected: str
     found: str
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: expected {self.expected}, found {self.found}"
+        return f"{self.key}: expected {self.expected}, found {self.found}" + (f" ({self.fix})" if self.fix else "")
 
 
 def decode(cls: type[T], data: object, prefix: str) -> T:
@@ -76,7 +77,7 @@ def _dataclass(cls: type, data: object, key: str, complaints: list[Complaint]) -
     try:
         return cls(**values)
     except ConfigError as error:
-        complaints.append(Complaint(str(error.where), error.expected, str(error.found)))
+        complaints.append(Complaint(str(error.where), error.expected, str(error.found), error.fix))
         return None
 
 

@@ -26,7 +26,6 @@ from circuitmill.stores.activation_schema import GROUP, PLACES, chunk_rows
 from circuitmill.stores.activation_writer import Layout, ShardWriter, nmse
 from circuitmill.stores.activations import NORMALIZATION, SHARDS, shard_paths
 from circuitmill.stores.files import atomic_write
-from circuitmill.stores.ledger import Ledger
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest, load_upstreams, plain
 from circuitmill.stores.normalization import load_moments, merge_moments, save_moments
 from circuitmill.stores.quantize import make_codec
@@ -57,7 +56,7 @@ def run_unit(cfg: CacheConfig, *, shard: str, tokenize: Path, toyworld: Path | N
     _fill(writer, lm, tokens, cfg.batch_sequences)
     counts = writer.finish()
     size = sum(path.stat().st_size for path in output.path(GROUP).rglob("*") if path.is_file())
-    manifest = output.finish(
+    return output.finish(
         {
             **counts,
             "split": split,
@@ -68,9 +67,6 @@ def run_unit(cfg: CacheConfig, *, shard: str, tokenize: Path, toyworld: Path | N
             "bytes": size,
         }
     )
-    # the rule runs again on a finished shard because its files are in doubt: then nothing of them may be kept
-    (out / Ledger.FILE).unlink()
-    return manifest
 
 
 def _require_same_tokenizer(lm: LanguageModel, store: TokenStore) -> None:

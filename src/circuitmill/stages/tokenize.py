@@ -28,7 +28,6 @@ from circuitmill.lm.load import context_of, load_config, load_tokenizer, tokeniz
 from circuitmill.logs import Progress, progress
 from circuitmill.stores.corpus import Document, read_documents, require_files
 from circuitmill.stores.files import sha256_file
-from circuitmill.stores.ledger import Ledger
 from circuitmill.stores.manifest import Manifest, StageOutput, load_upstreams
 from circuitmill.stores.packing import Packer
 from circuitmill.stores.token_writer import DocumentsWriter, SplitWriter
@@ -197,7 +196,7 @@ def run(cfg: TokenizeConfig, *, toyworld: Path | None = None, out: Path) -> Mani
     documents.finish()
     sequences = {split: writer.finish() for split, writer in splits.items()}
     _require_sequences(cfg, sequences, splits)
-    manifest = output.finish(
+    return output.finish(
         {
             "context": cfg.context,
             "bos_id": tokenizer.bos_token_id,
@@ -213,9 +212,6 @@ def run(cfg: TokenizeConfig, *, toyworld: Path | None = None, out: Path) -> Mani
             "documents_per_file": cfg.documents_per_file,
         }
     )
-    # run again, the stage starts anew: what a finished run left may be what is in doubt
-    (out / Ledger.FILE).unlink()
-    return manifest
 
 
 def _split_writer(cfg: TokenizeConfig, output: StageOutput, split: str, bos_id: int) -> SplitWriter:

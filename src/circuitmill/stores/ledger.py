@@ -74,3 +74,7 @@ class Ledger:
             file.write(canonical_json({"key": key, "info": info}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def delete(self) -> None:
+        """The work is finished as a whole."""
+        self._path.unlink(missing_ok=True)

@@ -242,6 +242,8 @@ class StageOutput:
     def finish(self, counts: dict) -> Manifest:
         """Checksum every file and write the manifest: the stage's last act.
 
+        The ledger goes: doing finished work again means doing it anew, not vouching for whatever lies there by then.
+
         Args:
             counts: Shapes, counts and headline figures, as plain data without NaN.
         """
@@ -258,4 +260,5 @@ class StageOutput:
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         atomic_write(self.folder / NAME, manifest.to_json())
+        self.ledger.delete()
         return manifest

@@ -1,6 +1,6 @@
 import pytest
 
-from circuitmill.autointerp.words import COLUMNS, columns_of, is_special, kind_of, words_of
+from circuitmill.autointerp.words import COLUMNS, columns_of, is_special, kind_of
 
 BOS = "<|endoftext|>"
 
@@ -24,7 +24,9 @@ def column(name: str, texts: list[str]) -> list[str]:
     ],
 )
 def test_tokens_are_grouped_into_words(texts, words):
-    assert [word for _, _, word in words_of(texts)] == words
+    columns = columns_of([[BOS, *texts]])
+    starts = [token for token, nth in enumerate(columns.codes["nth"]) if nth == columns.code("1")][1:]
+    assert [columns.value("word", token) for token in starts] == words
 
 
 @pytest.mark.parametrize("text", [BOS, "<s>", "<bos>", "<|begin_of_text|>", "[SEP]"])
@@ -65,7 +67,7 @@ def test_columns_of_a_word_in_pieces():
 
 def test_a_special_token_begins_a_new_text():
     texts = [BOS, " a", BOS, " b", " c"]
-    assert column("back1", texts) == ["", "", "a", "", "b"]
+    assert column("back1", texts) == ["", "", "", "", "b"]
     columns = columns_of([texts])
     assert columns.codes["back1"][0] < 0 <= columns.codes["back1"][1]
     assert columns.usable.tolist() == [False, True, False, True, True]

@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -33,49 +34,51 @@ TEXT_START = ""
 """Stands in `back1`, `back2` and `back3` for the start of the text."""
 
 _UNKNOWN = -1
-_CUT = (_UNKNOWN, _UNKNOWN)
 _NUMBERED = 5
 _SPECIAL = re.compile(r"<\|?[^<>\s|]+\|?>|\[[A-Z]{3,}\]")
 _BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 _IDEOGRAPH = re.compile("[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_ALONE = ("ideograph", "mark", "space", "special")
+
+_LETTER, _DIGIT, _ALONE, _MARK, _SPACE, _SPECIAL_CLASS = range(6)
+"""Classes of characters; from _ALONE (an ideograph) on they never continue a word."""
 
 
 @dataclass(frozen=True)
 class _Shape:
     spaced: bool
     """Begins with white space."""
-    head: str
-    """Class of the first character."""
-    tail: str
+    head: int
+    """Class of the first character that is no space."""
+    tail: int
     """Class of the last character."""
     core: str
     """The text without surrounding spaces; the text itself if nothing is left."""
 
 
-def _character_class(character: str) -> str:
+def _character_class(character: str) -> int:
     if _IDEOGRAPH.match(character):
-        return "ideograph"
+        return _ALONE
     # A token may end inside a character; the replacement sign then stands for a part of a letter.
     if character.isalpha() or character == "\N{REPLACEMENT CHARACTER}":
-        return "letter"
-    return "digit" if character.isdigit() else "mark"
+        return _LETTER
+    return _DIGIT if character.isdigit() else _MARK
 
 
 @lru_cache(maxsize=1 << 20)
 def _shape(text: str) -> _Shape:
     if _BYTES.fullmatch(text):
-        return _Shape(False, "letter", "letter", text)
+        return _Shape(False, _LETTER, _LETTER, text)
     if _SPECIAL.fullmatch(text):
-        return _Shape(False, "special", "special", text)
+        return _Shape(False, _SPECIAL_CLASS, _SPECIAL_CLASS, text)
     core = text.strip()
     if not core:
-        return _Shape(True, "space", "space", text)
+        return _Shape(True, _SPACE, _SPACE, text)
     head = _character_class(core[0])
     # An apostrophe before a letter continues the word: "don" + "'t".
     if len(core) > 1 and core[0] in "'’" and core[1].isalpha():
-        head = "letter"
-    return _Shape(text[0].isspace(), head, _character_class(core[-1]), core)
+        head = _LETTER
+    tail = _SPACE if text[-1].isspace() else _character_class(core[-1])
+    return _Shape(text[0].isspace(), head, tail, core)
 
 
 @lru_cache(maxsize=1 << 20)
@@ -87,15 +90,15 @@ def kind_of(prefix: str) -> str:
         ('capitalised word', 'word in capitals', 'number', 'punctuation', 'lowercase word')
     """
     shape = _shape(prefix)
-    if shape.head == "special":
+    if shape.head == _SPECIAL_CLASS:
         return "special token"
-    if shape.head == "space":
+    if shape.head == _SPACE:
         return "line break" if "\n" in prefix else "space"
-    if shape.head == "digit":
+    if shape.head == _DIGIT:
         return "number"
-    if shape.head == "mark":
+    if shape.head == _MARK:
         return "punctuation"
-    if shape.head == "ideograph":
+    if shape.head == _ALONE:
         return "ideograph"
     if len(prefix) > 1 and prefix.isupper():
         return "word in capitals"
@@ -104,7 +107,7 @@ def kind_of(prefix: str) -> str:
 
 def is_special(text: str) -> bool:
     """Whether a token is a special one, such as the beginning of a text: features never fire there."""
-    return _shape(text).head == "special"
+    return _shape(text).head == _SPECIAL_CLASS
 
 
 @dataclass(frozen=True)
@@ -135,32 +138,6 @@ class Columns:
         return {value: code for code, value in enumerate(self.values)}
 
 
-def words_of(texts: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Group the tokens of a window into words: first token, one past the last, the word.
-
-    Example:
-        >>> words_of([" of", " Da", "ll", "as", "."])
-        [(0, 1, 'of'), (1, 4, 'Dallas'), (4, 5, '.')]
-    """
-    words: list[tuple[int, int, str]] = []
-    tail = "special"
-    for index, text in enumerate(texts):
-        shape = _shape(text)
-        if words and not shape.spaced and shape.head == tail and tail not in _ALONE:
-            start, _, word = words[-1]
-            words[-1] = (start, index + 1, word + shape.core)
-        else:
-            words.append((index, index + 1, shape.core))
-        # White space at the end closes the word.
-        tail = "space" if text[-1:].isspace() else shape.tail
-    return [(start, stop, _BYTES.sub(_characters, word) if "<0x" in word else word) for start, stop, word in words]
-
-
-def _characters(match: re.Match) -> str:
-    """The characters that tokens like `<0xC3>`, `<0xA9>` make up together."""
-    return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
-
-
 class _Codes(dict):
     """String -> code, numbered as they come."""
 
@@ -168,65 +145,137 @@ class _Codes(dict):
         code = self[value] = len(self)
         return code
 
+    def of(self, values: Iterable[str]) -> Int[np.ndarray, " item"]:
+        """The codes of several strings."""
+        return np.array([self[value] for value in values], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """Which tokens make up which word."""
+
+    starts: Int[np.ndarray, " item"]
+    """First token of each word."""
+    word: Int[np.ndarray, " token"]
+    """Number of the word that each token is in."""
+    word_code: Int[np.ndarray, " item"]
+    """Code of each word."""
+    prefix: Int[np.ndarray, " token"]
+    """Code of the word up to each token."""
+    special: Bool[np.ndarray, " item"]
+    """Words that are special tokens."""
+    cut: Bool[np.ndarray, " item"]
+    """Words that the window may have cut off: texts begin with a special token, words with white space."""
+
 
 def columns_of(windows: Iterable[Sequence[str]]) -> Columns:
     """Work out every column of every token of some windows."""
     codes = _Codes()
-    spelled: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-    start_of_text, new, repeated = codes[TEXT_START], codes["new"], codes["repeated"]
-    places = [_UNKNOWN, *(codes[str(number)] for number in range(1, _NUMBERED + 1))]
-    rows: list[tuple[int, ...]] = []
-    usable: list[bool] = []
-    lengths: list[int] = []
-    for texts in windows:
-        back, place, seen = (_UNKNOWN, _UNKNOWN, _UNKNOWN), 0, set()
-        for start, stop, word in words_of(texts):
-            pieces = tuple(texts[start:stop])
-            spelling = spelled.get(pieces)
-            if spelling is None:
-                spelling = spelled[pieces] = _spell(pieces, word, codes)
-            if start == 0 and _is_cut(texts[0]):
-                spelling = tuple((token, *_CUT, kind, *_CUT) for token, _, _, kind, _, _ in spelling)
-            context = (*back, places[place] if place <= _NUMBERED else _UNKNOWN)
-            for piece in spelling:
-                again = _UNKNOWN if piece[1] < 0 else repeated if piece[1] in seen else new
-                rows.append((*piece, *context, again))
-                seen.add(piece[1])
-            special = is_special(pieces[0])
-            usable.extend([not special] * len(pieces))
-            if special:
-                back, place, seen = (start_of_text, _UNKNOWN, _UNKNOWN), 1, set()
-            else:
-                back, place = (spelling[0][2], back[0], back[1]), place and place + 1
-        lengths.append(len(texts))
-    table = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
+    lengths, texts = [], []
+    for window in windows:
+        lengths.append(len(window))
+        texts.extend(window)
+    token, begins = codes.of(texts), np.zeros(len(texts) + 1, dtype=bool)
+    begins[np.cumsum([0, *lengths])] = True
+    spelling = _spell(token, begins[:-1], codes)
+    columns = {"token": token, **_within_words(spelling, codes), **_around_words(spelling, begins[:-1], codes)}
     return Columns(
-        codes=dict(zip(COLUMNS, np.ascontiguousarray(table), strict=True)),
+        codes={name: columns[name] for name in COLUMNS},
         values=tuple(codes),
         window=np.repeat(np.arange(len(lengths)), lengths),
-        usable=np.array(usable, dtype=bool),
+        usable=~spelling.special[spelling.word],
         n_windows=len(lengths),
     )
 
 
-def _spell(pieces: tuple[str, ...], word: str, codes: _Codes) -> tuple[tuple[int, ...], ...]:
-    """The columns of a word's tokens that depend on nothing else: token, prefix, word, kind, piece, nth."""
-    rows, prefix = [], ""
-    for nth, text in enumerate(pieces, start=1):
-        prefix += _shape(text).core
-        piece = _piece_name(nth, len(pieces))
-        number = codes[str(nth)] if nth <= _NUMBERED else _UNKNOWN
-        rows.append((codes[text], codes[prefix], codes[word], codes[kind_of(prefix)], codes[piece], number))
-    return tuple(rows)
+def _spell(token: Int[np.ndarray, " token"], window_begins: Bool[np.ndarray, " token"], codes: _Codes) -> _Spelling:
+    """Group tokens into words.
+
+    Args:
+        token: Code of each token's text; only these codes are given so far.
+        window_begins: The first token of each window.
+    """
+    shapes = [_shape(text) for text in codes]
+    head, tail, spaced = (
+        np.array([getattr(shape, name) for shape in shapes], dtype=np.int64)[token]
+        for name in ("head", "tail", "spaced")
+    )
+    before = np.roll(tail, 1)
+    begins = window_begins | (spaced > 0) | (head != before) | (before >= _ALONE)
+    starts = np.flatnonzero(begins)
+    word = np.cumsum(begins) - 1
+    prefix = codes.of(_decoded(shape.core) for shape in shapes)[token]
+    word_code = prefix[starts]
+    stops = np.append(starts[1:], len(token))
+    known: dict[tuple[int, ...], list[int]] = {}
+    for number in np.flatnonzero(stops - starts > 1).tolist():
+        start, stop = starts[number], stops[number]
+        pieces = tuple(token[start:stop].tolist())
+        if pieces not in known:
+            cores = accumulate(shapes[piece].core for piece in pieces)
+            known[pieces] = [codes[_decoded(core)] for core in cores]
+        prefix[start:stop] = known[pieces]
+        word_code[number] = known[pieces][-1]
+    cut = window_begins[starts] & (spaced[starts] == 0) & (head[starts] < _ALONE)
+    return _Spelling(starts, word, word_code, prefix, head[starts] == _SPECIAL_CLASS, cut)
 
 
-def _piece_name(nth: int, length: int) -> str:
-    if length == 1:
-        return "whole"
-    return "first" if nth == 1 else "last" if nth == length else "middle"
+def _within_words(spelling: _Spelling, codes: _Codes) -> dict[str, Int[np.ndarray, " token"]]:
+    """The columns that depend on the word alone: prefix, word, kind, piece, nth."""
+    word = spelling.word
+    length = np.bincount(word, minlength=len(spelling.starts))[word]
+    nth = np.arange(len(word)) - spelling.starts[word] + 1
+    whole, first, middle, last = codes.of(("whole", "first", "middle", "last"))
+    piece = np.where(nth == 1, np.where(length == 1, whole, first), np.where(nth == length, last, middle))
+    numbers = np.array([_UNKNOWN, *_numbers(codes), _UNKNOWN])
+    prefixes, place = np.unique(spelling.prefix, return_inverse=True)
+    strings = list(codes)
+    kind = codes.of(kind_of(strings[prefix]) for prefix in prefixes.tolist())[place]
+    cut = spelling.cut[word]
+    return {
+        "kind": kind,
+        "prefix": np.where(cut, _UNKNOWN, spelling.prefix),
+        "word": np.where(cut, _UNKNOWN, spelling.word_code[word]),
+        "piece": np.where(cut, _UNKNOWN, piece),
+        "nth": np.where(cut, _UNKNOWN, numbers[np.minimum(nth, _NUMBERED + 1)]),
+    }
 
 
-def _is_cut(first: str) -> bool:
-    """Whether a window may begin inside a word: texts begin with a special token, words with white space."""
-    shape = _shape(first)
-    return not shape.spaced and shape.head in ("letter", "digit")
+def _around_words(
+    spelling: _Spelling, window_begins: Bool[np.ndarray, " token"], codes: _Codes
+) -> dict[str, Int[np.ndarray, " token"]]:
+    """The columns that depend on the text before: back1, back2, back3, place, again."""
+    word, special = spelling.word, spelling.special
+    begins = special | window_begins[spelling.starts]
+    text = np.cumsum(begins) - 1
+    # A special token stands for the start of the text that it opens.
+    code = np.where(special, codes[TEXT_START], np.where(spelling.cut, _UNKNOWN, spelling.word_code))
+    columns = {}
+    for distance in (1, 2, 3):
+        here = np.full(len(code), _UNKNOWN)
+        same = text[distance:] == text[:-distance]
+        here[distance:][same] = code[:-distance][same]
+        columns[f"back{distance}"] = here[word]
+    opening = np.flatnonzero(begins)[text]
+    place = np.where(special[opening], np.arange(len(text)) - opening, 0)
+    numbers = np.array([_UNKNOWN, *_numbers(codes), _UNKNOWN])
+    new, repeated = codes.of(("new", "repeated"))
+    _, first, which = np.unique((text[word] << 32) | spelling.prefix, return_index=True, return_inverse=True)
+    again = np.where(first[which] == np.arange(len(word)), new, repeated)
+    return columns | {
+        "place": numbers[np.minimum(place, _NUMBERED + 1)][word],
+        "again": np.where(spelling.cut[word], _UNKNOWN, again),
+    }
+
+
+def _numbers(codes: _Codes) -> list[int]:
+    return [codes[str(number)] for number in range(1, _NUMBERED + 1)]
+
+
+def _decoded(text: str) -> str:
+    """The characters that tokens like `<0xC3>`, `<0xA9>` make up together."""
+    return _BYTES.sub(_characters, text) if "<0x" in text else text
+
+
+def _characters(match: re.Match) -> str:
+    return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")

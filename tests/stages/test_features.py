@@ -169,9 +169,7 @@ def test_words_are_whole_and_come_with_what_stands_before(
 def test_logit_weights_are_the_summed_decoder_through_the_unembedding(
     finished: Manifest, upstreams: dict[str, Path], tiny_model_dir: Path, cfg: FeaturesConfig
 ) -> None:
-    lm = load_language_model(
-        ModelConfig(**model_options(tiny_model_dir)), toyworld=None, device=torch.device("cpu")
-    )
+    lm = load_language_model(ModelConfig(**model_options(tiny_model_dir)), toyworld=None, device=torch.device("cpu"))
     matrix = unembedding(lm.model)[: len(lm.tokenizer)]
     clt = load_clt(upstreams["train"].parent / "model")
     for row in FeatureStore.open(finished).features().to_pylist():
@@ -197,7 +195,9 @@ def test_one_block_gives_the_same_as_three(
     one, two = whole.windows_of(keys), parts.windows_of(keys)
     # silent windows and samples are drawn by the feature's number in its block; the strongest are not drawn
     for key in keys:
-        tops = [[(row["sequence"], row["start"]) for row in rows if row["kind"] == "top"] for rows in (one[key], two[key])]
+        tops = [
+            [(row["sequence"], row["start"]) for row in rows if row["kind"] == "top"] for rows in (one[key], two[key])
+        ]
         assert tops[0] == tops[1]
 
 
@@ -266,9 +266,7 @@ def test_a_cache_of_other_tokens_is_refused(
 ) -> None:
     other = make_cache(tmp_path / "other", tiny_model_dir, seed=5)
     with pytest.raises(UpstreamError, match="stage cache made from the given tokenize"):
-        features.run_unit(
-            cfg, block="0000", **(upstreams | {"tokenize": other["tokenize"]}), out=tmp_path / "out"
-        )
+        features.run_unit(cfg, block="0000", **(upstreams | {"tokenize": other["tokenize"]}), out=tmp_path / "out")
 
 
 @pytest.fixture

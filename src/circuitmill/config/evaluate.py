@@ -29,6 +29,4 @@ class EvaluateConfig:
 
     def _require(self, good: bool, expected: str, key: str) -> None:
         if not good:
-            raise ConfigError(
-                expected, found=repr(getattr(self, key)), where=f"evaluate.{key}", fix="change the value"
-            )
+            raise ConfigError(expected, found=repr(getattr(self, key)), where=f"evaluate.{key}", fix="change the value")

@@ -47,9 +47,7 @@ class FeaturesConfig:
 
     def _require(self, good: bool, expected: str, key: str) -> None:
         if not good:
-            raise ConfigError(
-                expected, found=repr(getattr(self, key)), where=f"features.{key}", fix="change the value"
-            )
+            raise ConfigError(expected, found=repr(getattr(self, key)), where=f"features.{key}", fix="change the value")
 
     def units(self) -> tuple[str, ...]:
         """Names of the blocks: 0000, 0001, ..."""

@@ -42,9 +42,7 @@ def uniform(x: Int[Tensor, " token"], seed: int) -> Float[Tensor, " token"]:
     return ((scrambled >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
 
 
-def text_keys(
-    token_id: Int[Tensor, " token"], starts: Bool[Tensor, " token"], length: int
-) -> Int[Tensor, " token"]:
+def text_keys(token_id: Int[Tensor, " token"], starts: Bool[Tensor, " token"], length: int) -> Int[Tensor, " token"]:
     """A hash of the text that ends at each token.
 
     That text is up to `length` tokens, none from before the document's start. Keys are equal if and (but for

@@ -51,9 +51,7 @@ def mlps_substituted(
         return hook
 
     modules = mlps(lm.model)
-    handles = [
-        modules[layer].register_forward_hook(at(layer)) for layer in range(max(replaced, default=-1) + 1)
-    ]
+    handles = [modules[layer].register_forward_hook(at(layer)) for layer in range(max(replaced, default=-1) + 1)]
     try:
         yield
     finally:
@@ -97,9 +95,7 @@ def check_fits(lm: LanguageModel, transcoder: Transcoder) -> None:
 
 
 @torch.no_grad()
-def original_logits(
-    lm: LanguageModel, tokens: Int[Tensor, "sequence pos"]
-) -> Float[Tensor, "sequence pos d_vocab"]:
+def original_logits(lm: LanguageModel, tokens: Int[Tensor, "sequence pos"]) -> Float[Tensor, "sequence pos d_vocab"]:
     """Logits of the model as it is, in float32."""
     return lm.model(input_ids=tokens.to(lm.device), use_cache=False).logits.float()
 

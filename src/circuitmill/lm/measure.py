@@ -1,0 +1,100 @@
+"""A transcoder measured on the model it was trained for: fit and sparsity, and what replacing MLPs does to predictions.
+
+Tokens come as batches of whole sequences. BOS positions count for nothing.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuitmill.core.behaviour import Behaviour
+from circuitmill.core.metrics import ExplainedVariance, Firing
+from circuitmill.core.summaries import behaviour_summary
+from circuitmill.core.transcoder import Transcoder
+from circuitmill.lm.capture import capture_mlp
+from circuitmill.lm.load import LanguageModel
+from circuitmill.lm.replacement import ablated_logits, check_fits, original_logits, replacement_logits
+
+Name = TypeVar("Name", bound=Hashable)
+Batches = Iterable[Int[Tensor, "sequence pos"]]
+LogitsOf = Callable[[Int[Tensor, "sequence pos"]], Float[Tensor, "sequence pos d_vocab"]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a transcoder reconstructs MLP outputs, and with how many features."""
+
+    explained: ExplainedVariance
+    firing: Firing
+
+    @property
+    def mean_outputs(self) -> Float[Tensor, "layer d_model"]:
+        """The mean MLP output of each layer over the tokens measured."""
+        return self.explained.mean.float()
+
+
+def measure_fit(lm: LanguageModel, transcoder: Transcoder, batches: Batches) -> Fit:
+    """Run the model as it is and reconstruct the MLP outputs it has from its MLP inputs.
+
+    Raises:
+        ShapeError: the transcoder was made for a model of another shape.
+    """
+    check_fits(lm, transcoder)
+    fit = Fit(
+        ExplainedVariance(lm.n_layers, lm.d_model, lm.device),
+        Firing(lm.n_layers, transcoder.n_features, lm.device),
+    )
+    with torch.no_grad():
+        for tokens in batches:
+            inputs, outputs = capture_mlp(lm, tokens)
+            counted = (tokens != lm.bos_id).to(lm.device)
+            features = transcoder.encode(inputs[counted].float())
+            fit.explained.update(outputs[counted].float(), transcoder.decode(features))
+            fit.firing.update(features)
+    return fit
+
+
+def measure_behaviour(lm: LanguageModel, models: Mapping[Name, LogitsOf], batches: Batches) -> dict[Name, Behaviour]:
+    """Compare the predictions of changed models with the original's on the same tokens."""
+    found = {name: Behaviour() for name in models}
+    for tokens in batches:
+        logits = original_logits(lm, tokens)
+        for name, logits_of in models.items():
+            found[name].update(logits, logits_of(tokens), tokens, lm.bos_id)
+    return found
+
+
+def changed_models(
+    lm: LanguageModel,
+    transcoder: Transcoder,
+    mean: Float[Tensor, "layer d_model"],
+    layers: tuple[int, ...] | None = None,
+) -> dict[str, LogitsOf]:
+    """The model with MLPs replaced by the transcoder, by zero and by the mean output; all of them without `layers`."""
+    zero = torch.zeros_like(mean)
+    return {
+        "replacement": lambda tokens: replacement_logits(lm, transcoder, tokens, layers),
+        "zero_ablation": lambda tokens: ablated_logits(lm, zero, tokens, layers),
+        "mean_ablation": lambda tokens: ablated_logits(lm, mean, tokens, layers),
+    }
+
+
+def measure_one_layer(
+    lm: LanguageModel, transcoder: Transcoder, mean: Float[Tensor, "layer d_model"], batches: Batches
+) -> list[dict]:
+    """What replacing or ablating each layer alone does: a summary per layer."""
+    models: dict[tuple[str, int], LogitsOf] = {("original", -1): lambda tokens: original_logits(lm, tokens)}
+    for layer in range(lm.n_layers):
+        changed = changed_models(lm, transcoder, mean, (layer,))
+        models |= {(name, layer): logits_of for name, logits_of in changed.items()}
+    found = measure_behaviour(lm, models, batches)
+    original = found.pop(("original", -1)).cross_entropy()
+    return [
+        {"layer": layer}
+        | behaviour_summary({name: part for (name, at), part in found.items() if at == layer}, original)
+        for layer in range(lm.n_layers)
+    ]

@@ -1,4 +1,4 @@
-"""Outputs of the stages before evaluate and features, at the smallest size: real tokens and cache, a random transcoder."""
+"""Outputs of the stages before evaluate and features at the smallest size, with a random transcoder."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,7 +12,7 @@ from tests.viz import synthetic
 
 from circuitmill import pipeline
 from circuitmill.config.compose import load_run
-from circuitmill.stores.explanations import FILE, write_explanations
+from circuitmill.stores.explanations import EXPLANATIONS, FILE, write_explanations
 from circuitmill.stores.feature_writer import write_index, write_windows
 from circuitmill.stores.features import BLOCKS, FEATURES, GROUP_FEATURES, INDEX, WINDOWS, block_span
 from circuitmill.stores.graphs import write_json
@@ -109,7 +109,8 @@ def _features(output: StageOutput) -> dict:
 
 def _interpret(output: StageOutput) -> dict:
     keys = [(layer, feature) for layer in range(synthetic.N_LAYERS) for feature in range(synthetic.N_FEATURES)]
-    write_explanations(output.path(FILE), [{**synthetic.explanation_row(*key), "rule": None} for key in keys])
+    rows = [{**synthetic.explanation_row(*key), "rule": None} for key in keys]
+    write_explanations(output.path(FILE), pa.Table.from_pylist(rows, schema=EXPLANATIONS))
     return {}
 
 

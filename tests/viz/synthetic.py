@@ -7,7 +7,7 @@ import math
 import random
 
 from circuitmill.stores.graphs import ERROR_NODE, FEATURE_NODE, cantor
-from circuitmill.viz.evaluation_view import Evaluation, TaskRow
+from circuitmill.viz.evaluation_view import Evaluation, _evaluation
 
 N_LAYERS, N_FEATURES = 4, 128
 BOS = "<|endoftext|>"
@@ -184,43 +184,59 @@ def metrics(steps: int = 500) -> list[dict]:
     return rows
 
 
-def evaluation(l0: float = 28.0) -> Evaluation:
+def evaluation_document(l0: float = 28.0) -> dict:
+    """The content of evaluation.json."""
     rng = random.Random(2)
     edges = [-6 + 0.25 * i for i in range(25)]
     counts = [
         [int(30 * math.exp(-((edge + 2.5 - layer / 8) ** 2)) * rng.uniform(0.8, 1.2)) for edge in edges[1:]]
         for layer in range(N_LAYERS)
     ]
+    dead = [3, 0, 7, 12]
+    behaviour = {
+        "original": {"cross_entropy": 1.234},
+        "replacement": {"agreement": 0.93 + l0 / 1000, "kl": 0.09 - l0 / 1000, "cross_entropy": 1.291},
+        "mean_ablation": {"agreement": 0.018, "kl": 6.9, "cross_entropy": 7.9},
+        "zero_ablation": {"agreement": 0.02, "kl": 6.5, "cross_entropy": 7.5},
+    }
+    for name, row in behaviour.items():
+        if name != "original":
+            row["ce_recovered_zero"] = (7.5 - row["cross_entropy"]) / (7.5 - 1.234)
+            row["ce_recovered_mean"] = (7.9 - row["cross_entropy"]) / (7.9 - 1.234)
     tasks = [
-        ("two_hop_city", 0.96, 0.93, 0.08, 1680),
-        ("two_hop_pair", 0.92, 0.9, 0.05, 248),
-        ("induction", 1.0, 1.0, 0.42, 400),
-        ("greater_than", 0.9, 0.88, 0.1, 400),
-        ("brackets", 0.99, 0.985, 0.3, 200),
+        ("two_hop_city", 1680, 0.96, 0.93, 0.08),
+        ("induction", 400, 1.0, 1.0, 0.42),
+        ("greater_than", 400, 0.9, 0.88, 0.1),
     ]
-    return Evaluation(
-        n_tokens=37800,
-        n_features=N_FEATURES,
-        ev=0.991 + l0 / 10000,
-        ev_per_layer=[0.985, 0.992, 0.996, 0.993],
-        l0=l0,
-        l0_per_layer=[l0 / 4 - 1, l0 / 4, l0 / 4 + 1, l0 / 4],
-        dead_per_layer=[3, 0, 7, 12],
-        agreement=0.93 + l0 / 1000,
-        kl=0.09 - l0 / 1000,
-        ce_original=1.234,
-        ce_replacement=1.291,
-        ce_recovered=0.981,
-        tasks=[TaskRow(*task) for task in tasks],
-        density_edges=edges,
-        density_counts=counts,
-    )
+    return {
+        "format": 1,
+        "transcoder": {"n_layers": N_LAYERS, "n_features": N_FEATURES, "d_model": 128},
+        "tokens": {"evaluated": 37800},
+        "fit": {
+            "explained_variance": 0.991 + l0 / 10000,
+            "per_layer": {"explained_variance": [0.985, 0.992, None, 0.993]},
+        },
+        "sparsity": {
+            "l0": l0,
+            "dead": sum(dead),
+            "per_layer": {
+                "l0": [l0 / 4 - 1, l0 / 4, l0 / 4 + 1, l0 / 4],
+                "l0_percentiles": {"p5": [2, 3, 4, 3], "p95": [11, 12, 14, 13]},
+                "dead": dead,
+            },
+        },
+        "density_histogram": {"log10_edges": edges, "counts": counts},
+        "behaviour": behaviour,
+        "one_layer": [{"replacement": {"kl": 0.01 * layer}} for layer in range(N_LAYERS)],
+        "tasks": [
+            dict(zip(("name", "n", "original", "replacement", "mean_ablation"), task, strict=True)) for task in tasks
+        ],
+    }
 
 
-def evaluation_document(l0: float) -> dict:
-    import dataclasses
-
-    return dataclasses.asdict(evaluation(l0))
+def evaluation(l0: float = 28.0) -> Evaluation:
+    """What is read of it."""
+    return _evaluation(evaluation_document(l0))
 
 
 def logits(rng: random.Random) -> list[dict]:

@@ -85,9 +85,14 @@ def visit(driver, base: str) -> Iterator[Callable[[str, str], None]]:
 
 
 def wait(driver, ready: str) -> None:
+    from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(driver, WAIT).until(lambda it: it.execute_script(f"return Boolean({ready})"), ready)
+    try:
+        WebDriverWait(driver, WAIT).until(lambda it: it.execute_script(f"return Boolean({ready})"))
+    except TimeoutException:
+        text = driver.find_element("tag name", "body").text
+        pytest.fail(f"{driver.current_url} never had {ready}; it shows:\n{text}\n{driver.get_log('browser')}")
 
 
 def css(driver, selector: str) -> list:

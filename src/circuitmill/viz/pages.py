@@ -66,9 +66,14 @@ def tiles(content: Content) -> list[dict]:
         ("ev", "Explained variance", number(one.ev, 4), "pooled over layers, held-out tokens"),
         ("l0", "L0 per layer", number(one.l0 / one.n_layers), f"{number(one.l0)} active features per token in all"),
         ("dead", "Dead features", percent(one.dead / total, 1), f"{count(one.dead)} of {count(total)}"),
-        ("agreement", "Agreement", percent(one.agreement, 1), "first choice, all MLPs replaced"),
-        ("kl", "KL divergence", number(one.kl), "nats, all MLPs replaced"),
-        ("ce_recovered", "Cross-entropy recovered", percent(one.ce_recovered, 1), "against ablated MLPs"),
+        ("agreement", "Agreement", percent(one.replacement.agreement, 1), "first choice, all MLPs replaced"),
+        ("kl", "KL divergence", number(one.replacement.kl), "nats, all MLPs replaced"),
+        (
+            "ce_recovered",
+            "Cross-entropy recovered",
+            percent(one.replacement.ce_recovered_zero, 1),
+            "between MLPs off and the original",
+        ),
         ("graphs", "Graphs traced", count(len(content.entries)), right),
         (
             "concepts",

@@ -106,6 +106,7 @@
       .filter((group) => group.ids.length);
     byId("prompt").value = entry.name;
     byId("influence").max = String(view.ceiling);
+    byId("influence").min = String(Math.min(view.graph.least, view.ceiling - 0.01));
     byId("influence").value = String(view.threshold);
     byId("errors").checked = view.errors;
     byId("q").value = view.query;
@@ -188,7 +189,10 @@
         byId("q").focus();
       }
     });
-    new ResizeObserver(() => view.graph && graphDraw.draw(view)).observe(view.stage);
+    // The observer also reports the size it starts with; drawing anew then would replace nodes under the pointer.
+    new ResizeObserver(() => {
+      if (view.graph && graphDraw.size(view) !== view.size) graphDraw.draw(view);
+    }).observe(view.stage);
   }
 
   function focusNode(id) {

@@ -32,8 +32,9 @@
     const hit = svg("circle", { class: "hit", r: 9 });
     if (node.kind === "embedding") return [hit, svg("rect", { class: "shape", x: -5, y: -5, width: 10, height: 10, rx: 1.5 })];
     if (node.kind === "error") return [hit, svg("path", { class: "shape", d: "M0 -6L6 0L0 6L-6 0Z" })];
-    const radius = 4 + 3 * (1 - Math.min(1, node.influence ?? 1));
-    return [hit, svg("circle", { class: "shape", r: radius.toFixed(2), style: { fillOpacity: (0.3 + 0.7 * (1 - Math.min(1, node.influence ?? 1))).toFixed(2) } })];
+    const weight = 1 - Math.min(1, Math.max(0, node.rank));
+    const radius = 4 + 2.5 * weight;
+    return [hit, svg("circle", { class: "shape", r: radius.toFixed(2), style: { fillOpacity: (0.3 + 0.7 * weight).toFixed(2) } })];
   }
 
   function describe(view, node) {
@@ -81,6 +82,8 @@
     );
   }
 
+  const size = (view) => view.stage.clientWidth + "x" + view.stage.clientHeight;
+
   /** Rebuilds the picture; cheap enough to run on every change of size, slider or switch. */
   function draw(view) {
     const { graph } = view;
@@ -88,6 +91,7 @@
     view.visible = new Set(shown);
     const frame = model.layout(graph, shown, view.stage.clientWidth, view.stage.clientHeight);
     view.frame = frame;
+    view.size = size(view);
     const picture = view.picture;
     picture.setAttribute("width", frame.width);
     picture.setAttribute("height", frame.height);
@@ -142,5 +146,5 @@
     return words.length ? found : null;
   }
 
-  window.circuitmill.graphDraw = { draw, edges, search, describe };
+  window.circuitmill.graphDraw = { draw, edges, search, describe, size };
 })();

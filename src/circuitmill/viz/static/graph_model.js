@@ -59,7 +59,11 @@
       node.inflow = node.inputs.reduce((sum, link) => sum + strength(link), 0);
     }
     links.sort(heavier);
-    return { byId, nodes: [...byId.values()], links, tokens, nLayers, typical: links.length ? strength(links[Math.floor(links.length / 50)]) : 1 };
+    // Embeddings take the first shares of the cumulative influence; what tells features apart is the rest.
+    const shares = [...byId.values()].filter((node) => node.kind === "feature").map((node) => node.influence ?? 1);
+    const [least, most] = [Math.min(1, ...shares), Math.max(0, ...shares)];
+    for (const node of byId.values()) node.rank = most > least ? ((node.influence ?? 1) - least) / (most - least) : 0;
+    return { byId, nodes: [...byId.values()], links, tokens, nLayers, least, typical: links.length ? strength(links[Math.floor(links.length / 50)]) : 1 };
   }
 
   /** Inputs and outputs are never hidden; the rest is, beyond the cumulative influence of the slider. */
@@ -155,7 +159,7 @@
 
   /** An explanation in the room of a label: fires on "Dallas", "Waco"; promotes " Texas" becomes Dallas, Wa… → Texas. */
   function short(explanation, longest = LABEL.longest) {
-    const [fires, promotes] = explanation.replace(/["“”]/g, "").split("; promotes ");
+    const [fires, promotes] = explanation.replace(/"\s?([\p{L}\p{N}][^"]*)"/gu, "$1").split("; promotes ");
     const left = fires.replace(/^fires on /, "").trim();
     if (!promotes) return cut(left, longest);
     const right = " → " + cut(promotes.split(",")[0].trim(), Math.floor(longest / 2));

@@ -1,0 +1,1 @@
+"""One module per stage: load through stores, call a domain package, store."""

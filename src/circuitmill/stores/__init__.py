@@ -1,0 +1,1 @@
+"""Bytes on disk: manifests, tokens, activations, checkpoints, transcoders, features, explanations, graphs."""

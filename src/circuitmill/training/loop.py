@@ -84,7 +84,7 @@ def _step(cfg: TrainConfig, state: TrainState, pair: Pair, ranks: Ranks) -> tupl
     sparsity = schedules.ramp(tokens, final=cfg.loss.sparsity, total=cfg.tokens)
     result = evaluate_batch(state.transcoder, *pair, cfg, sparsity=sparsity, dead=state.dead(cfg.dead_tokens))
     for name, term in result.terms.items():
-        _require_finite(term, name, state.step)
+        _require_finite(term, f"{name} term of the loss", state.step)
     parameters = list(state.transcoder.parameters())
     result.loss.backward()
     parallel.average_gradients(parameters, ranks)
@@ -108,7 +108,7 @@ def _step(cfg: TrainConfig, state: TrainState, pair: Pair, ranks: Ranks) -> tupl
 def _require_finite(value: torch.Tensor, name: str, step: int) -> None:
     if not torch.isfinite(value):
         raise DivergedError(
-            f"a finite {name} term of the loss",
+            f"a finite {name}",
             found=f"{value.item()} at step {step}",
             where="train",
             fix="lower train.lr or train.loss.sparsity; the last checkpoint is from before this step",

@@ -91,8 +91,8 @@ def test_ablation_finds_the_mlp_that_is_needed(
 ):
     task = all_tasks(world)["two_hop_city"]
     capitals = [item for item in task["items"] if item["relation"] == "capital"][::40]
-    batches = windows(tokenizer, heldout[:20], 32)
-    accuracy = ablation(mechanism, tokenizer, {**task, "items": capitals}, batches)
+    text = windows(tokenizer, heldout[:20], 32)
+    accuracy = ablation(mechanism, tokenizer, {**task, "items": capitals}, text)
     assert accuracy == {"none": 1.0, "mlp_0": pytest.approx(0, abs=0.2), "mlp_1": 1.0, "all": accuracy["mlp_0"]}
 
 
@@ -105,11 +105,11 @@ def test_stream_and_windows(tokenizer: PreTrainedTokenizerFast):
     assert tokenizer.convert_ids_to_tokens(stream.tolist()) == [
         "<|endoftext|>", "Every", "Ġbird", "<|endoftext|>", "3", "6", "+", "5", "9",
     ]  # fmt: skip
-    (batch,) = windows(tokenizer, ["Every bird", "36+59"], 4)
+    batch = windows(tokenizer, ["Every bird", "36+59"], 4)
     assert batch.tolist() == [stream[:4].tolist(), stream[4:8].tolist()]
 
 
 def test_loss_of_one_who_knows_nothing(mechanism: Mechanism, tokenizer: PreTrainedTokenizerFast, heldout: list[str]):
-    batches = windows(tokenizer, [text for text in heldout if "+" in text], 16)
-    loss = mean_loss(mechanism, batches)
+    text = windows(tokenizer, [document for document in heldout if "+" in document], 16)
+    loss = mean_loss(mechanism, text)
     assert loss == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), abs=0.05)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitmill.config.toyworld import ToyworldConfig
@@ -31,7 +32,7 @@ from circuitmill.toyworld.families import FAMILIES
 from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain
 from circuitmill.toyworld.questions import BEYOND, all_tasks
 from circuitmill.toyworld.tasks import longest_item
-from circuitmill.toyworld.tokenizer import make_tokenizer
+from circuitmill.toyworld.tokenizer import BOS_ID, make_tokenizer
 from circuitmill.toyworld.transformer import key_query_scale, make_transformer
 from circuitmill.toyworld.truth import truth
 from circuitmill.toyworld.world import World, make_world
@@ -64,8 +65,8 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
         _train(cfg, tokenizer, stream, output)
     # What is measured is what was saved.
     model = AutoModelForCausalLM.from_pretrained(output.path("model"), local_files_only=True).eval()
-    batches = measure.windows(tokenizer, heldout, cfg.transformer.context)
-    figures = _measure(model, tokenizer, world, tasks, batches)
+    text = measure.windows(tokenizer, heldout, cfg.transformer.context)
+    figures = _measure(model, tokenizer, world, tasks, text)
     _accept(cfg, figures)
     return output.finish(
         {
@@ -85,9 +86,8 @@ def _train(
     stream: Int[np.ndarray, " token"],
     output: StageOutput,
 ) -> None:
-    bos_id = tokenizer.bos_token_id
-    windows = Windows(stream, bos_id=bos_id, context=cfg.transformer.context, seed=cfg.seed)
-    model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=bos_id, seed=cfg.seed)
+    windows = Windows(stream, bos_id=BOS_ID, context=cfg.transformer.context, seed=cfg.seed)
+    model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=BOS_ID, seed=cfg.seed)
     pretrain(Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output)
     if hasattr(model.config, "activation_function"):
         model.config.activation_function = "gelu_new"
@@ -103,17 +103,21 @@ last, and one minus the two-hop accuracy that is left without MLPs."""
 
 
 def _measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, tasks: dict, batches: list
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    tasks: dict,
+    text: Int[Tensor, "sequence pos"],
 ) -> dict:
     scores = measure.task_scores(model, tokenizer, tasks)
-    ablation = measure.ablation(model, tokenizer, tasks["two_hop_city"], batches)
+    ablation = measure.ablation(model, tokenizer, tasks["two_hop_city"], text)
     return {
         "accuracy": {name: score.accuracy for name, score in scores.items() if name not in BEYOND},
         "beyond": {name: scores[name].accuracy for name in BEYOND},
         "items": {name: score.n for name, score in scores.items()},
         "exchange": measure.exchange(model, tokenizer, world),
         "ablation": ablation,
-        "loss": measure.mean_loss(model, batches),
+        "loss": measure.mean_loss(model, text),
     }
 
 

@@ -67,28 +67,25 @@ def task_scores(
     return score_tasks(tasks, tokenizer, _logits(model))
 
 
-def windows(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], context: int
-) -> list[Int[Tensor, "sequence pos"]]:
+def windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], context: int) -> Int[Tensor, "sequence pos"]:
     """Documents as full windows, BOS in front of each document; what is left over is dropped."""
     stream = token_stream(tokenizer, documents)
     n_windows = len(stream) // context
-    windows = torch.from_numpy(stream[: n_windows * context].astype(np.int64)).reshape(n_windows, context)
-    return list(windows.split(_BATCH))
+    return torch.from_numpy(stream[: n_windows * context].astype(np.int64)).reshape(n_windows, context)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Int[np.ndarray, " token"]:
     """Documents one after another, BOS in front of each."""
-    bos = tokenizer.bos_token_id
-    encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
-    return np.array([token for ids in encoded for token in (bos, *ids)], dtype=np.int32)
+    encoder = Encoder(tokenizer)
+    encoder.learn(sorted(set(documents)))
+    return np.array([token for text in documents for token in (encoder.bos_id, *encoder(text))], dtype=np.int32)
 
 
-def mean_loss(model: PreTrainedModel, batches: list[Int[Tensor, "sequence pos"]]) -> float:
+def mean_loss(model: PreTrainedModel, text: Int[Tensor, "sequence pos"]) -> float:
     """Mean cross-entropy in nats per token."""
     logits = _logits(model)
-    total = sum(next_token_loss(logits(tokens), tokens).item() * len(tokens) for tokens in batches)
-    return total / sum(map(len, batches))
+    total = sum(next_token_loss(logits(tokens), tokens).item() * len(tokens) for tokens in text.split(_BATCH))
+    return total / len(text)
 
 
 def exchange(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, float]:
@@ -146,11 +143,11 @@ def ablation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: dict,
-    batches: list[Int[Tensor, "sequence pos"]],
+    text: Int[Tensor, "sequence pos"],
 ) -> dict[str, float]:
     """Accuracy on a task with no MLP ablated (`none`), each one (`mlp_0`, ...) and `all`."""
-    mlps = [block.mlp for block in blocks(model)]
-    means = _mean_outputs(model, mlps, batches)
+    mlps = [block.get_submodule("mlp") for block in blocks(model)]
+    means = _mean_outputs(model, mlps, text)
     which = {
         "none": [],
         **{f"mlp_{layer}": [layer] for layer in range(len(mlps))},
@@ -168,7 +165,7 @@ def ablation(
 
 
 def _mean_outputs(
-    model: PreTrainedModel, mlps: list[nn.Module], batches: list[Int[Tensor, "sequence pos"]]
+    model: PreTrainedModel, mlps: list[nn.Module], text: Int[Tensor, "sequence pos"]
 ) -> list[Float[Tensor, " d_model"]]:
     sums = [torch.zeros((), dtype=torch.float64) for _ in mlps]
 
@@ -178,7 +175,6 @@ def _mean_outputs(
 
     logits = _logits(model)
     with _edited(mlps, add):
-        for tokens in batches:
+        for tokens in text.split(_BATCH):
             logits(tokens)
-    n_tokens = sum(tokens.numel() for tokens in batches)
-    return [(total / n_tokens).to(model.dtype) for total in sums]
+    return [(total / text.numel()).to(model.dtype) for total in sums]

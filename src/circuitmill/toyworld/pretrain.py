@@ -71,10 +71,10 @@ class Pretraining:
         self.n_updates = cfg.tokens // cfg.batch_tokens
         self.done = 0
         """Updates made."""
-        embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        embedding = model.get_input_embeddings().weight  # tied: also the unembedding
         mlp, attention, key_query, rest = [], [], [], []
         for name, weight in model.named_parameters():
-            if weight.ndim != 2 or id(weight) in embeddings or ".wpe." in name:
+            if weight.ndim != 2 or weight is embedding or ".wpe." in name:
                 rest.append(weight)
             elif is_key_or_query(name):
                 key_query.append(weight)

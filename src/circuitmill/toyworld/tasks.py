@@ -47,11 +47,12 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
-        self.bos_id: int = tokenizer.bos_token_id
+        bos_id: Any = tokenizer.bos_token_id
+        self.bos_id: int = bos_id
 
     def learn(self, texts: list[str]) -> None:
         """Encode many texts at once, which is faster than one by one."""
-        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         self._known.update(zip(texts, ids, strict=True))
 
     def __call__(self, text: str) -> list[int]:

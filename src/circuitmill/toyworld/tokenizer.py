@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from circuitmill.toyworld import facts
 
 BOS = "<|endoftext|>"
+BOS_ID = 256
+"""The first id after those of the bytes."""
 PIECE = 2
 """Letters per piece of a spelled name."""
 

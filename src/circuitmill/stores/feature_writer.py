@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +70,7 @@ def _window_table(rows: WindowRows, part: slice, vocabulary: pa.Array, first: in
     return pa.table([_column(columns[field.name], field) for field in WINDOWS], schema=WINDOWS)
 
 
-def _column(values: object, field: pa.Field) -> pa.Array:
+def _column(values: Any, field: pa.Field) -> pa.Array:
     array = values if isinstance(values, pa.Array) else pa.array(values)
     return array.cast(field.type)
 

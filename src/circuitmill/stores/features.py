@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from circuitmill.errors import StoreError, UpstreamError
@@ -128,8 +128,8 @@ class FeatureStore:
         keys = pa.concat_tables(
             [read_checked(self._path(name, "features.parquet"), ["layer", "feature"]) for name in names]
         )
-        order = pc.sort_indices(keys, [("layer", "ascending"), ("feature", "ascending")])
-        return pa.concat_tables(tables).take(order)
+        order = np.lexsort((keys["feature"].to_numpy(), keys["layer"].to_numpy()))
+        return pa.concat_tables(tables).take(pa.array(order))
 
     def windows(self, block: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The windows table of a block.
@@ -167,9 +167,9 @@ class FeatureStore:
                 groups.setdefault(place[key], []).append(key)
         for (block, group), keys in sorted(groups.items()):
             table = read_checked(self._path(block, "windows.parquet"), group=group)
-            numbers = pc.add(pc.multiply(table["layer"].cast(pa.int64()), self.n_features), table["feature"])
-            flat = pa.array([layer * self.n_features + feature for layer, feature in keys], pa.int64())
-            for row in table.filter(pc.is_in(numbers, flat)).to_pylist():
+            numbers = table["layer"].to_numpy().astype(np.int64) * self.n_features + table["feature"].to_numpy()
+            wanted_numbers = [layer * self.n_features + feature for layer, feature in keys]
+            for row in table.filter(pa.array(np.isin(numbers, wanted_numbers))).to_pylist():
                 found[row["layer"], row["feature"]].append(row)
         return found
 

@@ -5,16 +5,18 @@ figures are searchable and take the reader's font.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")
 """Okabe and Ito's palette, told apart also with colour-blind eyes."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "circuitmill",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -25,7 +27,7 @@ _STYLE = {
     "axes.grid.axis": "y",
     "grid.color": "#e0e0e0",
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler("color", COLOURS),
     "legend.frameon": False,
     "savefig.transparent": True,
 }
@@ -107,7 +109,7 @@ def plot_one_layer(kl: Sequence[float], kl_mean_ablation: Sequence[float]) -> st
 
 
 @_styled
-def plot_tasks(names: Sequence[str], accuracies: dict[str, Sequence[float]]) -> str:
+def plot_tasks(names: Sequence[str], accuracies: Mapping[str, Sequence[float]]) -> str:
     """Accuracy on each task, a bar per model.
 
     Args:

@@ -5,9 +5,9 @@
     block/<name>/features.parquet   a row per feature (FEATURES)
     block/<name>/windows.parquet    a row per stored window (WINDOWS), sorted by layer, feature, split, kind, rank
 
-Block b of B holds features [b * F // B, (b + 1) * F // B) of every layer. The windows of a feature are in one row group of
-its block's file (`row_group`, -1 if it has none), which holds those of up to 64 features, so that one feature is read
-without reading the rest. Pages carry checksums.
+Block b of B holds features [b * F // B, (b + 1) * F // B) of every layer. The windows of a feature are in one row group
+of its block's file (`row_group`, -1 if it has none), which holds those of up to 64 features, so that one feature is
+read without reading the rest. Pages carry checksums.
 """
 
 import json

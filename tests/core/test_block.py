@@ -32,7 +32,7 @@ def test_logit_weights_against_loops(clt: Transcoder) -> None:
     for number in range(6):
         layer, feature = number // 2, 1 + number % 2
         vector = torch.stack([clt.W_dec[layer][feature, target] for target in range(3 - layer)]).sum(0)
-        effects = [float(row @ vector) for row in unembedding]
+        effects = [float(row @ vector.detach()) for row in unembedding]
         centred = [effect - sum(effects) / 11 for effect in effects]
         order = sorted(range(11), key=lambda token: -centred[token])
         assert found.top_tokens[number].tolist() == order[:3]

@@ -90,9 +90,7 @@ def test_one_layer_alone_keeps_the_others_own_mlps(
         own = block.mlp(inputs[layer])
         if layer != replaced:
             return own
-        return torch.where(
-            (tokens == BOS)[..., None], own, reconstruction_by_loops(transcoder, layer, inputs)
-        )
+        return torch.where((tokens == BOS)[..., None], own, reconstruction_by_loops(transcoder, layer, inputs))
 
     expected = forward_by_hand(lm, tokens, place)
     torch.testing.assert_close(
@@ -149,7 +147,5 @@ def test_hooks_are_gone_after_an_error(lm: LanguageModel, tokens: torch.Tensor) 
 
 
 def test_a_transcoder_of_another_shape_is_refused(lm: LanguageModel, tokens: torch.Tensor) -> None:
-    with pytest.raises(
-        ShapeError, match=r"expected a transcoder of 2 layers and width 16.*found 3 layers, width 16"
-    ):
+    with pytest.raises(ShapeError, match=r"expected a transcoder of 2 layers and width 16.*found 3 layers, width 16"):
         replacement_logits(lm, Transcoder(3, 4, 16), tokens)

@@ -97,9 +97,9 @@ def translations(world: World, rng: random.Random) -> str:
 
 
 def induction(world: World, rng: random.Random) -> str:
-    """A random list of syllables, twice."""
+    """A random list of syllables, two or three times."""
     syllables = rng.sample(facts.SYLLABLES, rng.randint(5, 12))
-    return "Code: " + " ".join(syllables * 2) + "."
+    return "Code: " + " ".join(syllables * rng.randint(2, 3)) + "."
 
 
 def greater_than(world: World, rng: random.Random) -> str:

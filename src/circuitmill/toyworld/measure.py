@@ -6,13 +6,13 @@ Two interventions show whether the two-hop bridge is somewhere a graph can find 
   for another city in the same question; the share of cases where the answer becomes the other place's. Counted
   over ordered pairs of held-out cities of the same kind whose names have the same number of tokens (so that
   nothing but the city differs) and whose capitals the model names.
-- **Ablation**: replace the output of one MLP, or of all, by its mean over a text; the accuracy
-  left on two-hop questions about held-out cities.
+- **Ablation**: replace the output of one MLP, or of all, by its mean over a text, as everywhere in this package
+  except at BOS; the accuracy left on two-hop questions about held-out cities.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -145,36 +145,40 @@ def ablation(
     task: dict,
     text: Int[Tensor, "sequence pos"],
 ) -> dict[str, float]:
-    """Accuracy on a task with no MLP ablated (`none`), each one (`mlp_0`, ...) and `all`."""
+    """Accuracy on a task with no MLP ablated (`none`), each one (`mlp_0`, ...) and `all`.
+
+    Args:
+        text: What the means are taken over.
+    """
     mlps = [block.get_submodule("mlp") for block in blocks(model)]
-    means = _mean_outputs(model, mlps, text)
-    which = {
-        "none": [],
-        **{f"mlp_{layer}": [layer] for layer in range(len(mlps))},
-        "all": list(range(len(mlps))),
-    }
+    means = _mean_outputs(model, mlps, text, bos_id=Encoder(tokenizer).bos_id)
+    which = {"none": [], **{f"mlp_{layer}": [layer] for layer in range(len(mlps))}, "all": list(range(len(mlps)))}
     out = {}
     for name, layers in which.items():
-        replace = _edited(
-            [mlps[layer] for layer in layers],
-            lambda index, output, layers=layers: means[layers[index]].expand_as(output),
-        )
-        with replace if layers else nullcontext():
+
+        def ablate(index: int, output: Tensor, layers: list[int] = layers) -> Tensor:
+            ablated = means[layers[index]].expand_as(output).clone()
+            ablated[:, 0] = output[:, 0]
+            return ablated
+
+        with _edited([mlps[layer] for layer in layers], ablate):
             out[name] = score_tasks({name: task}, tokenizer, _logits(model))[name].accuracy
     return out
 
 
 def _mean_outputs(
-    model: PreTrainedModel, mlps: list[nn.Module], text: Int[Tensor, "sequence pos"]
+    model: PreTrainedModel, mlps: list[nn.Module], text: Int[Tensor, "sequence pos"], bos_id: int
 ) -> list[Float[Tensor, " d_model"]]:
     sums = [torch.zeros((), dtype=torch.float64) for _ in mlps]
+    counted = text[:0] != bos_id
 
     def add(layer: int, output: Tensor) -> Tensor:
-        sums[layer] = sums[layer] + output.double().sum((0, 1))
+        sums[layer] = sums[layer] + output[counted].double().sum(0)
         return output
 
     logits = _logits(model)
     with _edited(mlps, add):
         for tokens in text.split(_BATCH):
+            counted = tokens != bos_id
             logits(tokens)
-    return [(total / text.numel()).to(model.dtype) for total in sums]
+    return [(total / (text != bos_id).sum()).to(model.dtype) for total in sums]

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -207,8 +206,11 @@ def test_a_terminated_command_exits_with_75_and_continues(cfg, cache, tmp_path):
     assert "a request to stop after step" in errors and "run the same command again" in errors
 
 
-def test_another_configuration_starts_again(finished, cfg, cache, tmp_path):
-    shutil.copytree(finished, tmp_path / "train")
+def test_another_configuration_starts_again(cfg, cache, tmp_path):
+    calls = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedRun):
+        patch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
+        stage.run(cfg, cache=cache, out=tmp_path / "train")
     other = dataclasses.replace(cfg, seed=5, tokens=1024)
     manifest = stage.run(other, cache=cache, out=tmp_path / "train")
     assert manifest.counts["steps"] == 4
@@ -230,11 +232,14 @@ def test_a_missing_cache_is_named(cfg, tmp_path):
     assert not (tmp_path / "train").exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_stays(finished, cfg, cache, tmp_path):
-    shutil.copytree(finished, tmp_path / "train")
-    damaged = tmp_path / "train" / "checkpoints" / "step-00000032" / "state.safetensors"
+def test_a_damaged_checkpoint_is_named_and_stays(cfg, cache, tmp_path, monkeypatch):
+    calls = iter(range(100))
+    monkeypatch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
+    with pytest.raises(InterruptedRun):
+        stage.run(cfg, cache=cache, out=tmp_path / "train")
+    damaged = tmp_path / "train" / "checkpoints" / "step-00000010" / "state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(StoreError, match=r"step-00000032/state\.safetensors"):
+    with pytest.raises(StoreError, match=r"step-00000010/state\.safetensors"):
         stage.run(cfg, cache=cache, out=tmp_path / "train")
     assert damaged.exists()
 

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--threads 1] [--batch 1024]
 
 One JSON line per firing rate: tokens per CPU second of the sparse and the dense way. The crossover sets
-`circuitmill.core.sparse.WORTHWHILE`.
+`circuitmill.kernels.sparse.WORTHWHILE`.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import yaml
 
 from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
-from circuitmill.core import init, sparse
+from circuitmill.core import init
 from circuitmill.core.transcoder import Transcoder
+from circuitmill.kernels import sparse
 from circuitmill.training.objective import evaluate_batch
 
 N_LAYERS, N_FEATURES, D_MODEL = 4, 1024, 128

@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="circuitmill", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="circuitmill",
+        description="Text goes in, attribution graphs come out.",
+    )
     parser.add_argument("--version", action="version", version=f"circuitmill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in STAGES:
@@ -153,7 +156,7 @@ def _stage_config(arguments: argparse.Namespace) -> Any:
 def _run_stage(arguments: argparse.Namespace) -> None:
     stage: Stage = arguments.stage
     cfg = _stage_config(arguments)
-    inputs = {name: getattr(arguments, name) for name in stage.upstream}
+    inputs: dict[str, Any] = {name: getattr(arguments, name) for name in stage.upstream}
     if stage.name == "report":
         inputs["siblings"] = tuple(arguments.siblings)
     # torch comes in only here, so that --help and configuration errors answer at once
@@ -173,7 +176,7 @@ def _run_stage(arguments: argparse.Namespace) -> None:
                     where=f"--{stage.unit}",
                     fix="known: " + ", ".join(cfg.units()[:8]),
                 )
-            module.run_unit(cfg, **{stage.unit: unit}, **inputs, out=arguments.out)
+            module.run_unit(cfg, **{str(stage.unit): unit}, **inputs, out=arguments.out)
     finally:
         distributed.shutdown()
 

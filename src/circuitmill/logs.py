@@ -118,4 +118,4 @@ def progress(description: str, *, total: int | float, unit: str = "items", done:
         rich_progress.TextColumn("{task.fields[note]}"),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        yield _Bar(bar, bar.add_task(description, total=total, completed=done, note=""))
+        yield _Bar(bar, bar.add_task(description, total=total, completed=int(done), note=""))

@@ -100,11 +100,7 @@ def test_cantor_is_one_to_one() -> None:
 def test_equal_documents_give_equal_bytes(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": "Ünï"})
     write_json(tmp_path / "b.json", {"a": "Ünï", "b": 1})
-    assert (
-        (tmp_path / "a.json").read_bytes()
-        == (tmp_path / "b.json").read_bytes()
-        == '{"a":"Ünï","b":1}\n'.encode()
-    )
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes() == '{"a":"Ünï","b":1}\n'.encode()
 
 
 def test_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from tests.core import reference
 from tests.core.test_transcoder import random_transcoder
 from tests.training.helpers import tiny
 
-from circuitmill.core import sparse
+from circuitmill.kernels import sparse
 from circuitmill.training import objective
 
 

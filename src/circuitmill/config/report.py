@@ -12,7 +12,7 @@ class ReportConfig:
     feature_pages: int
     """Most features with a page of their own: those in graphs first (always all), then the most active ones."""
     chunk_features: int
-    """Features per data file; a page loads the file of the feature it shows, about 2 kB a feature."""
+    """Features per data file; a page loads the file of the feature it shows, about 5 kB a feature."""
     top_windows: int
     """Strongest windows on a feature's page."""
     quantile_windows: int

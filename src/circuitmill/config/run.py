@@ -86,7 +86,7 @@ def decode_run(composed: dict[str, dict]) -> Run:
         if row.name == OPTIONAL_UPSTREAM and not embedded:
             continue
         for variant in ("",) if row.shared else variants:
-            data = composed[variant or variants[0]].get(row.name)
+            data = composed[variant or variants[0]].get(row.name, {})
             plain.setdefault(row.name, {})[variant] = data
             stages.setdefault(row.name, {})[variant] = decode(config_class(row.name), data, row.name)
     return Run(first["name"], variants, stages, plain)

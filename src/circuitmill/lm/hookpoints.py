@@ -73,7 +73,7 @@ def mlps(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         ConfigError: an architecture that is not in the table.
     """
-    return [block.mlp for block in model.get_submodule(family(model).blocks)]
+    return [block.get_submodule("mlp") for block in model.get_submodule(family(model).blocks).children()]
 
 
 def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_vocab d_model"]:
@@ -86,7 +86,8 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_vocab d_model"]:
         ConfigError: an architecture that is not in the table.
     """
     row = family(model)
-    gain = model.get_submodule(row.norm).weight.detach().to(torch.float32)
-    weight = model.get_output_embeddings().weight.detach().to(torch.float32)
+    gain = model.get_parameter(f"{row.norm}.weight").detach().to(torch.float32)
+    head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportAssignmentType]
+    weight = head.get_parameter("weight").detach().to(torch.float32)
     folded = weight * (1 + gain if row.gain == "plus_one" else gain)
     return folded - folded.mean(dim=1, keepdim=True) if row.gain == "centred" else folded

@@ -191,13 +191,13 @@ def load_language_model(cfg: ModelConfig, *, toyworld: Path | None, device: torc
         ) from error
     except (OSError, ValueError) as error:
         raise _refuse("a model", error, location) from error
-    model = model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
     config = model.config.get_text_config()
     language_model = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         digest=_model_digest(cfg, location),
-        bos_id=int(tokenizer.bos_token_id),
+        bos_id=int(tokenizer.bos_token_id),  # pyright: ignore[reportArgumentType]
         n_layers=int(config.num_hidden_layers),
         d_model=int(config.hidden_size),
         d_vocab=int(config.vocab_size),
@@ -218,7 +218,7 @@ def load_language_model(cfg: ModelConfig, *, toyworld: Path | None, device: torc
 def _model_digest(cfg: ModelConfig, location: str) -> str:
     if cfg.source == "huggingface":
         config_file = cached_file(location, "config.json", revision=cfg.revision)
-        folder = Path(config_file).parent
+        folder = Path(str(config_file)).parent
     else:
         folder = Path(location)
     digest = hashlib.sha256()

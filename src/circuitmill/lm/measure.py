@@ -20,7 +20,7 @@ from circuitmill.lm.load import LanguageModel
 from circuitmill.lm.replacement import ablated_logits, check_fits, original_logits, replacement_logits
 
 Name = TypeVar("Name", bound=Hashable)
-Batches = Iterable[Int[Tensor, "sequence pos"]]
+Batches = Iterable[Int[Tensor, "_ pos"]]
 LogitsOf = Callable[[Int[Tensor, "sequence pos"]], Float[Tensor, "sequence pos d_vocab"]]
 
 

@@ -190,7 +190,7 @@ def run(cfg: TokenizeConfig, *, toyworld: Path | None = None, out: Path) -> Mani
     corpus = _Corpus(cfg, world)
     output = StageOutput("tokenize", cfg, upstreams, out, sources=corpus.digests())
     documents = DocumentsWriter(output, per_file=cfg.documents_per_file, keep_text=cfg.keep_text)
-    splits = {split: _split_writer(cfg, output, split, tokenizer.bos_token_id) for split in SPLITS}
+    splits = {split: _split_writer(cfg, output, split, int(str(tokenizer.bos_token_id))) for split in SPLITS}
     with progress("tokenizing", total=corpus.size(), unit="bytes") as bar:
         _write(corpus, _Encoder(tokenizer), documents, splits, bar)
     documents.finish()

@@ -37,6 +37,8 @@ from circuitmill.training.state import TrainState, start
 
 METRICS = "metrics.jsonl"
 MODEL = "model"
+WANDB = "wandb"
+"""Not in the manifest: it names the machine and the time."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def run(cfg: TrainConfig, *, cache: Path, out: Path) -> Manifest:
     ranks = distributed.current()
     inputs = load_upstreams(cache=cache)
     parallel.batch_slice(cfg.batch_tokens, ranks)
-    output = StageOutput("train", cfg, inputs, out) if ranks.first else None
+    output = StageOutput("train", cfg, inputs, out, keep=(WANDB,)) if ranks.first else None
     parallel.wait_for_all(ranks)  # until rank 0 has cleared what another configuration left
     store = ActivationStore.open(inputs["cache"])
     scaling = Scaling(store.normalization.input_scale, store.normalization.output_scale)

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.array import Array
 from zarr.core.group import Group
 
+from circuitmill.errors import StoreError
 from circuitmill.stores.quantize import Codec
 
 SCHEMA_VERSION = 1
@@ -80,3 +82,17 @@ def create_group(
 def file_of(index: int, axes: int) -> str:
     """Path, inside an array's folder, of the file that holds the index-th run of chunks."""
     return "/".join(["c", str(index), *["0"] * (axes - 1)])
+
+
+def array_of(group: Group, name: str) -> Array:
+    """An array of a shard.
+
+    Raises:
+        StoreError: there is a group of that name instead.
+    """
+    array = group[name]
+    if not isinstance(array, Array):
+        raise StoreError(
+            f"an array {name}", found=type(array).__name__, where=group.store_path, fix="delete the shard and rerun it"
+        )
+    return array

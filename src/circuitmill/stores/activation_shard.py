@@ -16,7 +16,7 @@ from torch import Tensor
 from zarr.core.array import Array
 
 from circuitmill.errors import StoreError
-from circuitmill.stores.activation_schema import GROUP, PLACES, SCHEMA_VERSION, file_of
+from circuitmill.stores.activation_schema import GROUP, PLACES, SCHEMA_VERSION, array_of, file_of
 from circuitmill.stores.files import sha256_file
 from circuitmill.stores.manifest import Manifest
 from circuitmill.stores.quantize import Codec
@@ -51,7 +51,7 @@ class ActivationShard:
             int(attributes.get("group_channels", 0)),
         )
         self._arrays: dict[str, Array] = {
-            name: group[name]
+            name: array_of(group, name)
             for name in [
                 *("sequence", "position", "token_id"),
                 *(f"{place}/{array}" for place in PLACES for array in self.codec.arrays()),
@@ -62,7 +62,7 @@ class ActivationShard:
         if self.codec.name == "int8":
             for place in PLACES:
                 name = f"{place}/channel_scale"
-                self._arrays[name] = group[name]
+                self._arrays[name] = array_of(group, name)
                 self._channels[place] = torch.from_numpy(self._read(name, 0, self.codec.n_layers))
 
     def _fix(self) -> str:
@@ -84,7 +84,7 @@ class ActivationShard:
 
     def _read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
         array = self._arrays[name]
-        rows, chunk = array.shards[0], array.chunks[0]
+        rows, chunk = (array.shards or array.chunks)[0], array.chunks[0]
         where = f"{self._path}, array {name}, chunks {start // chunk} to {(stop - 1) // chunk}"
         for index in range(start // rows, (stop - 1) // rows + 1):
             relative = f"{GROUP}/{name}/{file_of(index, array.ndim)}"

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitmill.errors import ShapeError
-from circuitmill.stores.activation_schema import GROUP, PLACES, PROVENANCE, create_group, file_of
+from circuitmill.stores.activation_schema import GROUP, PLACES, PROVENANCE, array_of, create_group, file_of
 from circuitmill.stores.files import sync_folder
 from circuitmill.stores.manifest import StageOutput
 from circuitmill.stores.normalization import Moments, load_moments, merge_moments, moments_of, save_moments
@@ -97,7 +97,7 @@ class ShardWriter:
             attributes=attributes,
         )
         for name, dtype in PROVENANCE.items():
-            group[name][:] = provenance[name].astype(dtype)
+            array_of(group, name)[:] = provenance[name].astype(dtype)
         for path in sorted(self._path.rglob("*")):
             if path.is_file():
                 _make_durable(path)
@@ -134,7 +134,7 @@ class ShardWriter:
         if start == 0 and self._codec.name == "int8":
             for x, place in zip(block, PLACES, strict=True):
                 channel = channel_scales(x[: self._layout.calibration_tokens])
-                self._group[f"{place}/channel_scale"][:] = to_numpy(channel)
+                array_of(self._group, f"{place}/channel_scale")[:] = to_numpy(channel)
                 _make_durable(self._path / place / "channel_scale" / file_of(0, 2))
         errors = {}
         for x, place in zip(block, PLACES, strict=True):
@@ -153,7 +153,7 @@ class ShardWriter:
         channel = self._channel(place, x.device)
         encoded = self._codec.encode(x, channel)
         for name, value in encoded.items():
-            array = self._group[f"{place}/{name}"]
+            array = array_of(self._group, f"{place}/{name}")
             array[start:stop] = to_numpy(value)
             _make_durable(self._path / place / name / file_of(self._done, array.ndim))
         sample = x[::_ERROR_SAMPLE].to(torch.float32)
@@ -164,7 +164,7 @@ class ShardWriter:
     def _channel(self, place: str, device: torch.device) -> Float[Tensor, "layer d_model"] | None:
         if self._codec.name != "int8":
             return None
-        return torch.from_numpy(np.asarray(self._group[f"{place}/channel_scale"][:])).to(device)
+        return torch.from_numpy(np.asarray(array_of(self._group, f"{place}/channel_scale")[:])).to(device)
 
     def finish(self) -> dict:
         """Merge the moments of all files and give the counts for the manifest.
@@ -183,7 +183,7 @@ class ShardWriter:
         self._merge(paths)
         counts: dict = {"tokens": self.n_rows}
         for place in PLACES:
-            entries = [self._out.ledger.get(self._key(index))[place] for index in range(self._n_files)]
+            entries = [(self._out.ledger.get(self._key(index)) or {})[place] for index in range(self._n_files)]
             for key in ("error", "energy"):
                 counts[f"{place}_{key}"] = np.sum([entry[key] for entry in entries], axis=0).tolist()
         for path in paths:

@@ -191,7 +191,7 @@ class TokenStore:
         relative = documents_name(number // self._documents_per_file)
         file = self._open(relative)
         table = self._table(relative, DOCUMENTS.names, 0, file.metadata.num_rows)
-        rows = table.filter(pc.equal(table["document"], number)).to_pylist()
+        rows = table.filter(pc.field("document") == number).to_pylist()
         if not rows:
             raise self._damaged(f"no document {number}", self.manifest.folder / relative)
         return rows[0]

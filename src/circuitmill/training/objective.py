@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitmill.config.train import TrainConfig
-from circuitmill.core import losses, sparse
+from circuitmill.core import losses
 from circuitmill.core.nonlinearity import jumprelu
 from circuitmill.core.transcoder import Transcoder
+from circuitmill.kernels import sparse
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@
     return [lead ? el("span", { class: "space" }, lead) : null, shown.slice(lead.length)];
   };
 
+  /** Marks between texts (`<|endoftext|>`, `</s>`), which are no words of any text. */
+  const SPECIAL = /^<(\|[^<>|]*\||\/?[a-z_]+)>$/;
+
   /** One window of text, each token shaded by its activation. */
   circuitmill.windowView = (window_, texts, top) => {
     const activations = new Map(window_.a);
@@ -88,7 +91,7 @@
       return el(
         "span",
         {
-          class: "tok" + (activation > 0 ? (place === window_.p ? " hot peak" : " hot") : ""),
+          class: (SPECIAL.test(texts[index]) ? "tok special" : "tok") + (activation > 0 ? (place === window_.p ? " hot peak" : " hot") : ""),
           style: activation > 0 ? { "--share": share.toFixed(3) } : null,
           title: activation > 0 ? "activation " + circuitmill.number(activation) : null,
         },

@@ -95,7 +95,7 @@
     view.graph = model.prepare(raw, Number(document.body.dataset.layers));
     const known = (id) => view.graph.byId.has(id);
     const saved = raw.qParams || {};
-    view.ceiling = raw.metadata.node_threshold ?? 1;
+    view.ceiling = view.graph.ceiling;
     view.threshold = Math.min(view.ceiling, Number(state.influence) || view.ceiling);
     view.errors = state.errors !== "0";
     view.query = state.q || "";

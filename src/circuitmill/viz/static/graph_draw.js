@@ -109,6 +109,7 @@
   function labels(view, of) {
     const placed = view.showLabels ? model.placeLabels([...view.visible], of, view.frame, 60) : [];
     view.labels.replaceChildren(
+      ...placed.filter((label) => label.far).map((label) => svg("line", { x1: label.node.x, x2: label.x, y1: label.node.y, y2: label.y - 4 })),
       ...placed.map((label) => svg("text", { x: label.x.toFixed(1), y: label.y.toFixed(1), "text-anchor": label.anchor, "data-label-of": label.node.id }, label.text))
     );
   }

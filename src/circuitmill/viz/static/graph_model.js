@@ -62,8 +62,10 @@
     // Embeddings take the first shares of the cumulative influence; what tells features apart is the rest.
     const shares = [...byId.values()].filter((node) => node.kind === "feature").map((node) => node.influence ?? 1);
     const [least, most] = [Math.min(1, ...shares), Math.max(0, ...shares)];
+    const prunable = [...byId.values()].filter((node) => node.kind === "feature" || node.kind === "error");
+    const ceiling = Math.max(0, ...prunable.map((node) => node.influence ?? 0)) || 1;
     for (const node of byId.values()) node.rank = most > least ? ((node.influence ?? 1) - least) / (most - least) : 0;
-    return { byId, nodes: [...byId.values()], links, tokens, nLayers, least, typical: links.length ? strength(links[Math.floor(links.length / 50)]) : 1 };
+    return { byId, nodes: [...byId.values()], links, tokens, nLayers, least, ceiling, typical: links.length ? strength(links[Math.floor(links.length / 50)]) : 1 };
   }
 
   /** Inputs and outputs are never hidden; the rest is, beyond the cumulative influence of the slider. */
@@ -153,29 +155,34 @@
     return { placed, lines: line + 1 };
   }
 
-  const LABEL = { size: 6.1, height: 13, longest: 26 };
+  const LABEL = { size: 6.1, height: 13, longest: 26, roomy: 40 };
+  const FEW = 36; // so few features leave room for longer labels
+  const LIST = /^("[^"]*"(, )?)+(\+\d+ more)?$/;
 
   const cut = (text, longest) => (text.length > longest ? text.slice(0, Math.max(1, longest - 1)).trimEnd() + "…" : text);
 
   /** An explanation in the room of a label: fires on "Dallas", "Waco"; promotes " Texas" becomes Dallas, Wa… → Texas. */
   function short(explanation, longest = LABEL.longest) {
-    const [fires, promotes] = explanation.replace(/"\s?([\p{L}\p{N}][^"]*)"/gu, "$1").split("; promotes ");
-    const left = fires.replace(/^fires on /, "").trim();
+    const bare = (text) => text.replace(/"\s?([\p{L}\p{N}][^"]*)"/gu, "$1");
+    const [fires, promotes] = explanation.split("; promotes ");
+    const cause = fires.replace(/^fires on /, "").trim();
+    const left = LIST.test(cause) ? bare(cause) : cause; // inside a sentence quotes tell words from description
     if (!promotes) return cut(left, longest);
-    const right = " → " + cut(promotes.split(",")[0].trim(), Math.floor(longest / 2));
+    const right = " → " + cut(bare(promotes).split(",")[0].trim(), Math.floor(longest / 2));
     return cut(left, longest - right.length) + right;
   }
 
-  /** Labels of the most influential nodes of `of`, each where it covers no shown node and no other label. */
+  /** Most influential first: labels of nodes of `of`, each where it covers no shown node and no other label. */
   function placeLabels(shown, of, frame, limit) {
     const taken = shown.map((node) => {
       const half = node.kind === "logit" ? node.width / 2 : 7;
       return [node.x - half, node.y - 8, node.x + half, node.y + 8];
     });
     const placed = [];
+    const longest = shown.filter((node) => node.kind === "feature").length > FEW ? LABEL.longest : LABEL.roomy;
     for (const node of [...of].filter((candidate) => candidate.kind === "feature").sort(importance)) {
       if (placed.length >= limit) break;
-      const text = short(node.label);
+      const text = short(node.label, longest);
       const width = text.length * LABEL.size + 4;
       const options = [
         [node.x + 9, node.y - 6, "start"],
@@ -183,13 +190,15 @@
         [node.x - width / 2, node.y - 22, "middle"],
         [node.x - width / 2, node.y + 9, "middle"],
       ];
-      for (const [x, y, anchor] of options) {
+      // Further away in the gap between two layers, with a line to the node.
+      for (const step of [2, 3]) for (const side of [-1, 1]) options.push([node.x - width / 2, node.y - 6 + side * (1 + step * 15), "middle", true]);
+      for (const [x, y, anchor, far] of options) {
         const box = [x, y, x + width, y + LABEL.height];
         const inside = box[0] >= MARGIN.left - 8 && box[2] <= frame.width - 2;
         const free = inside && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
         if (!free) continue;
         taken.push(box);
-        placed.push({ node, text, anchor, x: { start: x, end: x + width, middle: x + width / 2 }[anchor], y: y + 10 });
+        placed.push({ node, text, anchor, far: Boolean(far), x: { start: x, end: x + width, middle: x + width / 2 }[anchor], y: y + 10 });
         break;
       }
     }

@@ -117,7 +117,7 @@
         el("li", {}, el("button", { type: "button", onclick: () => view.select(node.id) }, visible(node.label)),
           el("span", { class: "track" }, el("i", { style: { width: 100 * node.probability + "%" } })), el("span", { class: "value" }, percent(node.probability, 1)))))),
       el("section", {}, el("h3", {}, "Most influential features"), el("ol", { class: "strongest" }, strongest.map((node) =>
-        el("li", {}, el("button", { type: "button", class: "linkish", title: brief(graph, node), onclick: () => view.select(node.id) }, brief(graph, node, 40)))))),
+        el("li", {}, el("button", { type: "button", class: "linkish", title: brief(graph, node), onclick: () => view.select(node.id) }, brief(graph, node, 32)))))),
     ];
   }
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from circuitmill.core import sparse
 from circuitmill.core.nonlinearity import jumprelu
+from circuitmill.kernels import sparse
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

@@ -31,8 +31,8 @@ WAIT = 15
 """Seconds until a page that never gets ready fails the test."""
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+def programs() -> tuple[str, str]:
+    """Browser and driver; without them the tests are skipped, but fail where CI promises to have them."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     program = shutil.which("chromedriver")
     if browser is None or program is None:
@@ -40,6 +40,22 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
         if os.environ.get("CI"):
             pytest.fail(f"{missing} is not installed, and CI is set")
         pytest.skip(f"{missing} is not installed")
+    return browser, program
+
+
+def test_a_missing_browser_fails_in_ci_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="chromium is not installed, and CI is set"):
+        programs()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="chromium is not installed"):
+        programs()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    browser, program = programs()
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

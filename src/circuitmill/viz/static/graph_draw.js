@@ -4,10 +4,12 @@
   const { svg, visible, percent, number, graph: model, panel } = window.circuitmill;
   const STRONGEST = 140; // edges drawn while no node is chosen
 
-  function edgePath(link) {
-    const { source, target } = link;
-    const lift = Math.max(18, Math.abs(source.y - target.y) * 0.45);
-    return "M" + source.x.toFixed(1) + " " + source.y.toFixed(1) + "C" + source.x.toFixed(1) + " " + (source.y - lift).toFixed(1) + " " + target.x.toFixed(1) + " " + (target.y + lift).toFixed(1) + " " + target.x.toFixed(1) + " " + target.y.toFixed(1);
+  function edgePath({ source, target }) {
+    const end = target.kind === "logit" ? target.y + 10 : target.y; // a box is entered from below
+    const lift = Math.max(18, Math.abs(source.y - end) * 0.45);
+    const points = [[source.x, source.y], [source.x, source.y - lift], [target.x, end + lift], [target.x, end]];
+    const [start, ...rest] = points.map((point) => point.map((value) => value.toFixed(1)).join(" "));
+    return "M" + start + "C" + rest.join(" ");
   }
 
   function edge(link, top, strong) {
@@ -109,7 +111,7 @@
   function labels(view, of) {
     const placed = view.showLabels ? model.placeLabels([...view.visible], of, view.frame, 60) : [];
     view.labels.replaceChildren(
-      ...placed.filter((label) => label.far).map((label) => svg("line", { x1: label.node.x, x2: label.x, y1: label.node.y, y2: label.y - 4 })),
+      ...placed.filter((label) => label.far).map((label) => svg("line", { x1: label.node.x, x2: Math.max(label.x - label.width / 2, Math.min(label.x + label.width / 2, label.node.x)), y1: label.node.y, y2: label.y - 4 })),
       ...placed.map((label) => svg("text", { x: label.x.toFixed(1), y: label.y.toFixed(1), "text-anchor": label.anchor, "data-label-of": label.node.id }, label.text))
     );
   }

@@ -184,21 +184,22 @@
       if (placed.length >= limit) break;
       const text = short(node.label, longest);
       const width = text.length * LABEL.size + 4;
+      const centred = Math.max(MARGIN.left - 8, Math.min(frame.width - 2 - width, node.x - width / 2));
       const options = [
         [node.x + 9, node.y - 6, "start"],
         [node.x - 9 - width, node.y - 6, "end"],
-        [node.x - width / 2, node.y - 22, "middle"],
-        [node.x - width / 2, node.y + 9, "middle"],
+        [centred, node.y - 22, "middle"],
+        [centred, node.y + 9, "middle"],
       ];
       // Further away in the gap between two layers, with a line to the node.
-      for (const step of [2, 3]) for (const side of [-1, 1]) options.push([node.x - width / 2, node.y - 6 + side * (1 + step * 15), "middle", true]);
+      for (const step of [2, 3]) for (const side of [-1, 1]) options.push([centred, node.y - 6 + side * (1 + step * 15), "middle", true]);
       for (const [x, y, anchor, far] of options) {
         const box = [x, y, x + width, y + LABEL.height];
         const inside = box[0] >= MARGIN.left - 8 && box[2] <= frame.width - 2;
         const free = inside && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
         if (!free) continue;
         taken.push(box);
-        placed.push({ node, text, anchor, far: Boolean(far), x: { start: x, end: x + width, middle: x + width / 2 }[anchor], y: y + 10 });
+        placed.push({ node, text, anchor, width, far: Boolean(far), x: { start: x, end: x + width, middle: x + width / 2 }[anchor], y: y + 10 });
         break;
       }
     }

@@ -122,8 +122,8 @@ def _measure(
 
 
 def _accept(cfg: ToyworldConfig, figures: dict) -> None:
-    # After the last layer nothing moves between positions any more.
-    carried = [figures["exchange"][f"after_layer_{layer}"] for layer in range(cfg.transformer.n_layers - 1)]
+    # The first layer only gathers the pieces of a name; after the last nothing moves between positions any more.
+    carried = [figures["exchange"][f"after_layer_{layer}"] for layer in range(1, cfg.transformer.n_layers - 1)]
     found = {
         **figures["accuracy"],
         **figures["beyond"],

@@ -174,6 +174,22 @@ def test_click_opens_the_panel_and_the_address_keeps_it(driver, visit, site: Sit
     )
 
 
+def test_hovering_shows_a_tip_and_leaves_the_picture_alone(driver, visit) -> None:
+    from selenium.webdriver import ActionChains
+
+    visit("graph.html#prompt=two_hop-00", "document.body.dataset.ready")
+    driver.execute_script("""window.rebuilt = 0;
+        new MutationObserver(() => window.rebuilt++).observe(document.getElementById('picture'), {childList: true})""")
+    script = """return [...document.querySelectorAll('.node')].sort(
+        (a, b) => b.getBoundingClientRect().x - a.getBoundingClientRect().x)"""
+    for node in driver.execute_script(script)[:4]:
+        ActionChains(driver).move_to_element(node).perform()
+        wait(driver, "!document.getElementById('tip').hidden")
+        tip = css(driver, "#tip")[0]
+        assert tip.text and tip.rect["x"] >= 0 and tip.rect["x"] + tip.rect["width"] <= 1280
+    assert driver.execute_script("return window.rebuilt") == 0
+
+
 def test_address_restores_the_view(driver, visit, site: Site) -> None:
     features = [n["node_id"] for n in site.content.graphs[1]["nodes"] if "cross" in n["feature_type"]][:3]
     state = f"prompt=two_hop-01&node={features[0]}&pins={','.join(features)}&influence=0.5"

@@ -130,12 +130,11 @@
     const node = view.graph.byId.get(id);
     view.tip.textContent = graphDraw.describe(view, node);
     view.tip.hidden = false;
-    const box = view.stage.getBoundingClientRect();
-    const x = event.clientX - box.left;
-    const right = x > box.width - 260;
-    view.tip.style.left = (right ? x - 12 : x + 14) + view.stage.scrollLeft + "px";
-    view.tip.style.transform = right ? "translateX(-100%)" : "none";
-    view.tip.style.top = event.clientY - box.top + view.stage.scrollTop + 14 + "px";
+    const right = event.clientX > window.innerWidth - 340;
+    const low = event.clientY > window.innerHeight - 90;
+    view.tip.style.left = event.clientX + (right ? -12 : 14) + "px";
+    view.tip.style.top = event.clientY + (low ? -10 : 14) + "px";
+    view.tip.style.transform = "translate(" + (right ? "-100%" : "0") + ", " + (low ? "-100%" : "0") + ")";
   }
 
   function listen() {
@@ -151,7 +150,8 @@
       graphDraw.edges(view, view.selected);
     });
     view.picture.addEventListener("click", (event) => {
-      const id = nodeOf(event) || null;
+      // What is there now: a redraw between press and release leaves the event with the picture as its target.
+      const id = document.elementFromPoint(event.clientX, event.clientY)?.closest(".node")?.dataset.nodeId || null;
       view.select(id === view.selected ? null : id);
       if (id) focusNode(id);
     });

@@ -135,7 +135,8 @@
       });
     }
     for (const box of boxes.placed) Object.assign(box.node, { x: box.x, y: rows[nRows].top + 14 + box.line * 26, width: box.width });
-    return { width: total, height: bottom + MARGIN.bottom, rows, starts, columns, bottom };
+    // A fraction of a pixel too much would bring scroll bars, and with them another size and another layout.
+    return { width: Math.floor(total + 0.01), height: Math.floor(bottom + MARGIN.bottom + 0.01), rows, starts, columns, bottom };
   }
 
   /** The likeliest output stands furthest right, above the last token. */

@@ -65,7 +65,7 @@ def test_held_out_templates_are_never_used(documents: list[str]):
 
 def test_held_out_sums_never_occur(world: World, documents: list[str]):
     stated = {document.split("=")[0] for document in documents if "=" in document}
-    assert len(world.held_sums) == 505 and len(stated) > 4000
+    assert len(world.held_sums) == 505 and len(stated) > 3000
     assert not stated & {f"{a:02d}+{b:02d}" for a, b in world.held_sums}
 
 

@@ -98,8 +98,8 @@ def _train(
 
 
 _DERIVED = ("exchange", "mlps_needed")
-"""Figures that `accept` can name beside the tasks, both better when larger: the best exchange after any layer but the
-last, and one minus the two-hop accuracy that is left without MLPs."""
+"""Figures that `accept` can name beside the tasks, both better when larger: the best exchange after any layer between
+the first and the last, and one minus the two-hop accuracy that is left without MLPs."""
 
 
 def _measure(

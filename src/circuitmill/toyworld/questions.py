@@ -19,7 +19,7 @@ from circuitmill.toyworld.world import World
 BEYOND: dict[str, str] = {
     "addition": "sums of held-out pairs; within the demo's budget the local-first pattern learns few of them",
     "opposites_held": "the direction never stated; no architecture tried generalises to it",
-    "translations": "960 facts of which each is stated some ten times; too few repeats to be learned",
+    "translations": "960 facts, each stated a few times; between none and all of them are learned, by the run",
 }
 """Tasks that are measured and reported but that truth.json does not hold the model to, and why."""
 

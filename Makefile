@@ -35,11 +35,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 demo: env
 	@start=$$(date +%s); \
 	snakemake --cores all all --config run=$(RUN); \
-	circuitmill summary results/$(RUN); \
-	echo "wall time of this command: $$(( $$(date +%s) - start )) s"
+	circuitmill summary results/$(RUN) --elapsed $$(( $$(date +%s) - start ))
 
 test: dev
-	python -m pytest
+	python -m pytest -n 2 --dist loadgroup
 
 check: dev
 	ruff format --check .

@@ -110,6 +110,7 @@ def _add_tools(commands: Any) -> None:
     serve.set_defaults(action=_serve)
     summary = commands.add_parser("summary", help="print the headline figures of a finished run")
     summary.add_argument("folder", type=Path, help="results/<run>")
+    summary.add_argument("--elapsed", type=float, metavar="SECONDS", help="wall time to report with it")
     summary.set_defaults(action=_summary)
 
 
@@ -221,4 +222,4 @@ def _summary(arguments: argparse.Namespace) -> None:
             "a finished report", found="none", where=arguments.folder / "<variant>/report", fix="run the workflow"
         )
     for path in paths:
-        print(headline(path))
+        print(headline(path, arguments.elapsed))

@@ -13,7 +13,8 @@ import pytest
 from circuitmill.pipeline import STAGES
 from circuitmill.stores.manifest import load_manifest
 
-pytestmark = pytest.mark.slow
+# one worker makes the run that all of these look at
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny_run")]
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

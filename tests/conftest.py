@@ -16,6 +16,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fix` rewrites generated pages instead of complaining about them."""
+    parser.addoption("--fix", action="store_true", help="rewrite the generated pages")
+
+
 def make_tiny_model(folder: Path, *, vocabulary: int = 300, context: int = 32) -> Path:
     """A random two-layer GPT-Neo with a byte-level tokenizer whose BOS id is 1, as a Hugging Face folder."""
     import torch

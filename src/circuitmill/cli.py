@@ -100,6 +100,7 @@ def _add_tools(commands: Any) -> None:
     config.add_argument("overrides", nargs="*", default=["experiment=demo"], metavar="KEY=VALUE")
     config.add_argument("--stage", choices=[stage.name for stage in STAGES], help="only this stage")
     config.add_argument("--variant", default="", help="of this variant")
+    config.add_argument("--keys", action="store_true", help="a table of every key with type, value and meaning instead")
     config.set_defaults(action=_config)
     verify = commands.add_parser("verify", help="compare every file below a folder with its manifest")
     verify.add_argument("folder", type=Path)
@@ -184,8 +185,12 @@ def _run_stage(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> None:
     from circuitmill.config.compose import freeze, load_run
+    from circuitmill.config.describe import markdown
 
     run = load_run(*_split_experiment(arguments.overrides))
+    if arguments.keys:
+        print(markdown(run))
+        return
     for name in [arguments.stage] if arguments.stage else run.stage_names():
         for variant, data in run.plain[name].items():
             if arguments.variant in ("", variant):

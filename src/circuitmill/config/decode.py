@@ -71,7 +71,7 @@ def _dataclass(cls: type, data: object, key: str, complaints: list[Complaint]) -
         if name in data:
             values[name] = _value(hints[name], data[name], f"{key}.{name}", complaints)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            complaints.append(Complaint(f"{key}.{name}", _name(hints[name]), "nothing"))
+            complaints.append(Complaint(f"{key}.{name}", type_name(hints[name]), "nothing"))
     if len(complaints) > before:
         return None
     try:
@@ -92,7 +92,7 @@ def _value(hint: Any, data: object, key: str, complaints: list[Complaint]) -> An
         if data in args and type(data) in {type(arg) for arg in args}:
             return data
         near = difflib.get_close_matches(str(data), [str(arg) for arg in args], n=1)
-        complaints.append(Complaint(key, _name(hint) + (f" (nearest: {near[0]})" if near else ""), _show(data)))
+        complaints.append(Complaint(key, type_name(hint) + (f" (nearest: {near[0]})" if near else ""), _show(data)))
         return None
     if origin is tuple:
         if isinstance(data, list | tuple):
@@ -106,18 +106,19 @@ def _value(hint: Any, data: object, key: str, complaints: list[Complaint]) -> An
         return float(data)
     elif type(data) is hint or hint is Any:
         return data
-    complaints.append(Complaint(key, _name(hint), _show(data)))
+    complaints.append(Complaint(key, type_name(hint), _show(data)))
     return None
 
 
-def _name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A type as a reader of the configuration would say it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(arg) for arg in args)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if arg is type(None) else _name(arg) for arg in args)
+        return " or ".join("null" if arg is type(None) else type_name(arg) for arg in args)
     if origin is tuple:
-        return f"a list of {_name(args[0])}"
+        return f"a list of {type_name(args[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
     return getattr(hint, "__name__", str(hint))

@@ -126,7 +126,7 @@ def test_wrong_key(run: Path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", ("corpus.txt", "empty")), (b"good line\nbad \xff\xfe line\n", ("corpus.txt", "UTF-8"))],
+    [(b"", ("corpus.txt", "0 bytes")), (b"good line\nbad \xff\xfe line\n", ("corpus.txt", "UTF-8"))],
     ids=["empty", "not UTF-8"],
 )
 def test_bad_corpus_file(run: Path, content: bytes, words: tuple[str, ...]):

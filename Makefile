@@ -38,7 +38,7 @@ demo: env
 	circuitmill summary results/$(RUN) --elapsed $$(( $$(date +%s) - start ))
 
 test: dev
-	python -m pytest -n 2 --dist loadgroup
+	python -m pytest -n 2 --dist loadfile
 
 check: dev
 	ruff format --check .

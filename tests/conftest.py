@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -64,13 +65,25 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout-like folder in which the whole workflow ran with `experiment=tiny`: real stages, smallest sizes."""
-    folder = tmp_path_factory.mktemp("checkout")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A checkout-like folder in which the whole workflow ran with `experiment=tiny`: real stages, smallest sizes.
+
+    Workers share it: the first to come makes it, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "checkout"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            _run_tiny(folder)
+            (folder / "done").touch()
+    return folder
+
+
+def _run_tiny(folder: Path) -> None:
+    folder.mkdir()
     for name in ("workflow", "profiles", "config", "envs"):
         shutil.copytree(REPOSITORY / name, folder / name)
     shutil.copy(REPOSITORY / "Snakefile", folder)
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "all", "--config", "run=tiny"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return folder

@@ -28,7 +28,6 @@ def test_the_two_commands_are_there():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tiny_run")
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(ELSEWHERE)])
 def test_command_runs(command: str, tiny_run: Path, tmp_path: Path):
     folder = tmp_path / "c"
@@ -45,7 +44,6 @@ def test_command_runs(command: str, tiny_run: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tiny_run")
 def test_snippet_reads_the_files_without_this_package(tiny_run: Path):
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "circuitmill" not in snippet

@@ -10,7 +10,7 @@ from tests.workflow.conftest import Workflow
 from circuitmill.config.compose import load_run
 from circuitmill.pipeline import STAGES
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dag")]
+pytestmark = pytest.mark.slow
 
 AFTER_CACHE = {
     "configure": 1,

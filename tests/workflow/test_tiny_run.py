@@ -13,8 +13,7 @@ import pytest
 from circuitmill.pipeline import STAGES
 from circuitmill.stores.manifest import load_manifest
 
-# one worker makes the run that all of these look at
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny_run")]
+pytestmark = pytest.mark.slow
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(1)]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '$(1)'
 	touch $@
 endef
 
@@ -27,10 +27,10 @@ env: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call install,)
+	$(call install,.)
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt
-	$(call install,dev)
+	$(call install,.[dev])
 
 demo: env
 	@start=$$(date +%s); \

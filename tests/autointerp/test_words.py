@@ -1,6 +1,6 @@
 import pytest
 
-from circuitmill.autointerp.words import COLUMNS, columns_of, is_special, kind_of
+from circuitmill.autointerp.words import COLUMNS, columns_of, kind_of
 
 BOS = "<|endoftext|>"
 
@@ -31,12 +31,12 @@ def test_tokens_are_grouped_into_words(texts, words):
 
 @pytest.mark.parametrize("text", [BOS, "<s>", "<bos>", "<|begin_of_text|>", "[SEP]"])
 def test_special_tokens_are_known_by_their_form(text):
-    assert is_special(text)
+    assert kind_of(text) == "special token"
 
 
 @pytest.mark.parametrize("text", [" <", "<", "<0xC3>", "[", "a<b>", "<|", " The"])
 def test_other_tokens_are_not_special(text):
-    assert not is_special(text)
+    assert kind_of(text) != "special token"
 
 
 def test_kinds_of_word():

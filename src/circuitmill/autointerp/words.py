@@ -105,11 +105,6 @@ def kind_of(prefix: str) -> str:
     return "capitalised word" if prefix[0].isupper() else "lowercase word"
 
 
-def is_special(text: str) -> bool:
-    """Whether a token is a special one, such as the beginning of a text: features never fire there."""
-    return _shape(text).head == _SPECIAL_CLASS
-
-
 @dataclass(frozen=True)
 class Columns:
     """The columns of all tokens of some windows, one after the other."""

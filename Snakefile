@@ -34,6 +34,7 @@ if RUN.has_toyworld:
 
 
 include: "workflow/rules/tokenize.smk"
+include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/cache.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"

@@ -1,5 +1,6 @@
 """The command line: help without torch, errors as exit codes, no tracebacks for what a user can get wrong."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,6 +8,12 @@ import pytest
 
 from circuitmill import cli
 from circuitmill.pipeline import STAGES
+from circuitmill.stores.manifest import StageOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    size: int = 1
 
 
 def test_help_names_every_stage_and_imports_no_torch():
@@ -43,7 +50,8 @@ def test_config_file_and_overrides_together(capsys: pytest.CaptureFixture[str]):
 
 
 def test_unknown_unit(capsys: pytest.CaptureFixture[str]):
-    arguments = ["cache", "experiment=demo", "--shard", "train-77777", "--tokenize", "x", "--out", "x"]
+    arguments = ["cache", "experiment=demo", "--shard", "train-77777", "--out", "x"]
+    arguments += ["--tokenize", "x", "--calibrate", "x"]
     assert cli.main(arguments) == 2
     text = capsys.readouterr().err
     assert "found train-77777" in text and "train-00000" in text
@@ -66,8 +74,55 @@ def test_config_prints_what_it_decoded(capsys: pytest.CaptureFixture[str]):
     assert text.startswith("# train of run demo, variant main") and "seed: 4242" in text
 
 
+def test_config_of_a_variant_shows_the_shared_stages_it_uses(capsys: pytest.CaptureFixture[str]):
+    command = ["config", "experiment=codec_study", "--stage", "cache"]
+    assert cli.main([*command, "--variant", "int4-1"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# cache of run codec_study, variant int4-0") and text.count("codec: int4") == 1
+    assert text.count("codec:") == 1
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("codec:") == 5
+    assert cli.main([*command, "--variant", "int3-0"]) == 2
+    assert "a variant of run codec_study" in capsys.readouterr().err
+
+
 def test_verify_and_summary_of_an_empty_folder(tmp_path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert cli.main(["summary", str(tmp_path)]) == 1
     text = capsys.readouterr().err
     assert "at least one manifest.json; found none" in text and "a finished report; found none" in text
+
+
+def test_verify_says_what_is_good_and_what_is_not(tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "results/small/tokenize"
+    output = StageOutput("tokenize", Config(), {}, folder)
+    output.path("data", "a.txt").write_text("data")
+    output.path("b.txt").write_text("more data")
+    output.finish({"n": 3})
+    for path in ("results/small", "results/small/tokenize", "results/small/tokenize/manifest.json"):
+        assert cli.main(["verify", path]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "results/small/tokenize/manifest.json: 2 files, 13 bytes good",
+            "1 manifests, 2 files, 13 bytes read: all good",
+        ]
+    (folder / "data/a.txt").write_text("dada")
+    (folder / "b.txt").unlink()
+    assert cli.main(["verify", "results/small"]) == 1
+    manifest = "results/small/tokenize/manifest.json"
+    fix = f"  fix:      rm {manifest} && snakemake {manifest} --config run=small"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "problem: results/small/tokenize/b.txt",
+        "  expected: 9 bytes",
+        "  found:    no such file",
+        fix,
+    ]
+    assert lines[4] == "problem: results/small/tokenize/data/a.txt" and lines[7] == fix
+    assert lines[5].startswith("  expected: sha256 3a6eb079") and lines[6].startswith("  found:    sha256 ")
+    assert lines[-1] == "1 manifests, 2 files, 4 bytes read: 2 problems"
+
+
+def test_verify_of_a_path_that_is_not_there(tmp_path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["verify", str(tmp_path / "missing")]) == 1
+    assert "StoreError" in (text := capsys.readouterr().err) and "no such path" in text

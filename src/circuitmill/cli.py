@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 _SUMMARY = {
     "toyworld": "make the embedded corpus and language model with known circuits",
     "tokenize": "pack documents into fixed-length token sequences",
+    "calibrate": "measure what the codecs of the activation store need to know",
     "cache": "store MLP inputs and outputs of every layer",
     "train": "train the cross-layer transcoder",
     "evaluate": "measure fit, sparsity and the replacement model on held-out tokens",
@@ -92,6 +93,14 @@ def _add_stage(commands: Any, stage: Stage) -> None:
         command.add_argument(
             "--siblings", type=Path, nargs="*", default=[], metavar="MANIFEST", help="evaluations of other variants"
         )
+        command.add_argument(
+            "--study",
+            type=Path,
+            nargs="*",
+            default=[],
+            metavar="MANIFEST",
+            help="of all variants: train, evaluate, attribute and the shared stages in which they differ",
+        )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that belongs to this stage")
 
 
@@ -99,11 +108,13 @@ def _add_tools(commands: Any) -> None:
     config = commands.add_parser("config", help="print a composed configuration, checked")
     config.add_argument("overrides", nargs="*", default=["experiment=demo"], metavar="KEY=VALUE")
     config.add_argument("--stage", choices=[stage.name for stage in STAGES], help="only this stage")
-    config.add_argument("--variant", default="", help="of this variant")
+    config.add_argument("--variant", default="", help="as this variant uses it")
     config.add_argument("--keys", action="store_true", help="a table of every key with type, value and meaning instead")
     config.set_defaults(action=_config)
-    verify = commands.add_parser("verify", help="compare every file below a folder with its manifest")
-    verify.add_argument("folder", type=Path)
+    verify = commands.add_parser(
+        "verify", help="check every manifest and every byte below a folder, and name all that is wrong"
+    )
+    verify.add_argument("path", type=Path, help="results/<run>, any folder below it, or one manifest.json")
     verify.set_defaults(action=_verify)
     serve = commands.add_parser("serve", help="serve a run's pages on 127.0.0.1, read-only")
     serve.add_argument("folder", type=Path, help="results/<run>, or any folder below it")
@@ -160,7 +171,7 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     cfg = _stage_config(arguments)
     inputs: dict[str, Any] = {name: getattr(arguments, name) for name in stage.upstream}
     if stage.name == "report":
-        inputs["siblings"] = tuple(arguments.siblings)
+        inputs |= {"siblings": tuple(arguments.siblings), "study": tuple(arguments.study)}
     # torch comes in only here, so that --help and configuration errors answer at once
     from circuitmill import distributed
 
@@ -192,22 +203,18 @@ def _config(arguments: argparse.Namespace) -> None:
         print(markdown(run))
         return
     for name in [arguments.stage] if arguments.stage else run.stage_names():
-        for variant, data in run.plain[name].items():
-            if arguments.variant in ("", variant):
-                print(freeze(data, f"{name} of run {run.name}" + (f", variant {variant}" if variant else "")))
+        only = run.home(name, arguments.variant) if arguments.variant else None
+        for home, data in run.plain[name].items():
+            if only in (None, home):
+                print(freeze(data, f"{name} of run {run.name}" + (f", variant {home}" if home else "")))
 
 
-def _verify(arguments: argparse.Namespace) -> None:
-    from circuitmill.errors import StoreError
-    from circuitmill.stores.manifest import NAME, load_manifest
+def _verify(arguments: argparse.Namespace) -> int:
+    from circuitmill.stores.verify import verify
 
-    paths = sorted(arguments.folder.rglob(NAME))
-    if not paths:
-        raise StoreError("at least one manifest.json", found="none", where=arguments.folder, fix="name a run's folder")
-    for path in paths:
-        manifest = load_manifest(path)
-        manifest.verify()
-        print(f"{path}: {len(manifest.files)} files good")
+    report = verify(arguments.path)
+    print(report.text())
+    return 1 if report.problems else 0
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -219,7 +226,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _summary(arguments: argparse.Namespace) -> None:
     from circuitmill.errors import StoreError
     from circuitmill.stores.manifest import NAME
-    from circuitmill.viz.summary import headline
+    from circuitmill.viz.summary import headline, study
 
     paths = sorted(arguments.folder.glob(f"*/report/{NAME}"))
     if not paths:
@@ -228,3 +235,6 @@ def _summary(arguments: argparse.Namespace) -> None:
         )
     for path in paths:
         print(headline(path, arguments.elapsed))
+    # the reports of all variants hold the same study, if they have one
+    if compared := next(filter(None, map(study, paths)), None):
+        print(compared)

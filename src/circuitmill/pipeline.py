@@ -23,10 +23,11 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("toyworld", (), shared=True),
+    Stage("toyworld", (), shared=True, revision=2),
     Stage("tokenize", ("toyworld",), shared=True),
-    Stage("cache", ("toyworld", "tokenize"), unit="shard", shared=True),
-    Stage("train", ("cache",)),
+    Stage("calibrate", ("toyworld", "tokenize"), shared=True),
+    Stage("cache", ("toyworld", "tokenize", "calibrate"), unit="shard", shared=True, revision=2),
+    Stage("train", ("toyworld", "tokenize", "cache"), revision=2),
     Stage("evaluate", ("toyworld", "tokenize", "train")),
     Stage("features", ("toyworld", "tokenize", "cache", "train"), unit="block"),
     Stage("interpret", ("features",), unit="block"),

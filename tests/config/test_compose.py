@@ -8,7 +8,7 @@ from tests.conftest import REPOSITORY
 
 from circuitmill.config.compose import compose, experiments, freeze, load_run, read_frozen
 from circuitmill.config.decode import decode
-from circuitmill.config.run import config_class
+from circuitmill.config.run import Run, config_class
 from circuitmill.errors import ConfigError
 from circuitmill.pipeline import STAGES
 
@@ -65,12 +65,67 @@ def test_missing_frozen_file(tmp_path: Path):
         read_frozen(tmp_path / "none.yaml")
 
 
-def test_variants_override_train_and_later_only():
+def test_variants_that_agree_in_the_shared_stages_share_them():
     run = load_run("demo", ["+variants.a=['train.seed=5']", "+variants.b=[]"])
     assert run.variants == ("a", "b")
     assert run.config("train", "a").seed == 5 != run.config("train", "b").seed
-    assert list(run.stages["cache"]) == [""]
-    with pytest.raises(ConfigError, match="a variant that overrides train or later stages only"):
-        load_run("demo", ["+variants.a=['cache.train_shards=2']"])
+    assert list(run.stages["cache"]) == [""] and run.home("cache", "b") == "" and run.divided() == ()
+    assert run.config("cache") is run.config("cache", "a")
     with pytest.raises(ConfigError, match="a variant name"):
         load_run("demo", ["+variants.config=[]"])
+
+
+def variants_of(**overrides: str) -> Run:
+    """The demo with these variants; overrides are separated by commas."""
+    quoted = {name: [f"'{item}'" for item in items.split(",") if item] for name, items in overrides.items()}
+    return load_run("demo", [f"+variants.{name}=[{','.join(items)}]" for name, items in quoted.items()])
+
+
+def test_variants_share_a_stage_by_its_content_and_that_of_the_stages_before():
+    run = variants_of(
+        a="cache.codec=bf16,train.seed=0",
+        b="cache.codec=int4,train.seed=0",
+        c="cache.codec=bf16,train.seed=1",
+        d="cache.codec=int4,tokenize.max_train_tokens=64000",
+    )
+    assert run.homes["toyworld"] == dict.fromkeys("abcd", "")
+    assert run.homes["tokenize"] == {"a": "a", "b": "a", "c": "a", "d": "d"}
+    # the same options, but of other text
+    assert run.homes["calibrate"] == run.homes["tokenize"]
+    assert run.homes["cache"] == {"a": "a", "b": "b", "c": "a", "d": "d"}
+    assert run.homes["train"] == {name: name for name in "abcd"}
+    assert run.divided() == ("tokenize", "calibrate", "cache")
+    assert [run.config("cache", name).codec for name in "abcd"] == ["bf16", "int4", "bf16", "int4"]
+    assert list(run.stages["cache"]) == list(run.plain["cache"]) == ["a", "b", "d"]
+    with pytest.raises(ConfigError, match="a variant of run demo: a, b, c, d; found 'e'"):
+        run.home("cache", "e")
+
+
+def test_an_override_that_changes_nothing_divides_nothing():
+    codec = load_run("demo").config("cache").codec
+    assert variants_of(a=f"cache.codec={codec}", b="train.seed=3").divided() == ()
+
+
+def test_variants_may_differ_in_the_model_but_not_in_whether_it_is_the_embedded_one():
+    run = variants_of(a="", b="model.dtype=bfloat16")
+    assert run.divided() == ("tokenize", "calibrate", "cache")
+    assert run.config("cache", "b").model.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"all on the embedded model, or none of them; found model\.source=folder"):
+        variants_of(a="", b="model.source=folder")
+
+
+@pytest.mark.parametrize("item", ["name=other", "experiment=tiny", "+trian.seed=1"])
+def test_variants_override_nothing_but_stages_and_model(item: str):
+    with pytest.raises(ConfigError, match="a variant that overrides options of stages or of the model only"):
+        variants_of(a="", b=item)
+
+
+def test_codec_study_trains_every_seed_on_every_codec():
+    run = load_run("codec_study")
+    runs = {(run.config("cache", name).codec, run.config("train", name).seed) for name in run.variants}
+    codecs = {codec for codec, _ in runs}
+    assert codecs == {"bf16", "int8", "int4", "int2", "entropy"} and len(runs) == len(run.variants) == 15
+    for name in run.variants:
+        assert name == f"{run.config('cache', name).codec}-{run.config('train', name).seed}"
+    assert run.divided() == ("cache",) and len(run.stages["cache"]) == 5
+    assert len(run.config("attribute", run.variants[0]).units()) == 8

@@ -26,12 +26,15 @@ def main(out: Path) -> None:
     dead = torch.zeros_like(state.idle, dtype=torch.bool)
     dead[:, ::3] = True
     with batches(CFG, ranks) as data:
-        result = evaluate_batch(state.transcoder, *data.get(0), CFG, sparsity=0.5, dead=dead)
+        pair = data.get(0)
+        result = evaluate_batch(state.transcoder, *pair, CFG, sparsity=0.5, dead=dead)
     result.loss.backward()
     parallel.average_gradients(state.transcoder.parameters(), ranks)
     norm = torch.nn.utils.clip_grad_norm_(list(state.transcoder.parameters()), 1e9)
     found = {f"gradient.{name}": parameter.grad for name, parameter in state.transcoder.named_parameters()}
     found["norm"] = norm
+    for name, side in zip(("inputs", "outputs"), pair, strict=True):
+        found[f"own.{name}"], found[f"gathered.{name}"] = side, parallel.gather_rows(side, ranks).clone()
     trained, rows = run(CFG, ranks=ranks, data=batches(CFG, ranks))
     found["idle"] = trained.idle
     found |= {f"trained.{name}": value.detach() for name, value in trained.transcoder.named_parameters()}

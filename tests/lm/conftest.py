@@ -20,6 +20,7 @@ _ROTARY = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+_LOCAL = "sliding_attention"
 _GEMMA = {**_ROTARY, "head_dim": 8}
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32}),
@@ -37,14 +38,20 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     ),
     "gpt_neox": ("GPTNeoXConfig", {**_ROTARY, "use_parallel_residual": True}),
     "gptj": ("GPTJConfig", {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "rotary_dim": 4}),
-    "phi": ("PhiConfig", _ROTARY),
+    "phi": ("PhiConfig", {**_ROTARY, "num_key_value_heads": 2}),
     "llama": ("LlamaConfig", _ROTARY),
-    "mistral": ("MistralConfig", _ROTARY),
+    "mistral": ("MistralConfig", {**_ROTARY, "sliding_window": 5}),
     "qwen2": ("Qwen2Config", _ROTARY),
     "qwen3": ("Qwen3Config", {**_ROTARY, "head_dim": 8}),
     "gemma": ("GemmaConfig", _GEMMA),
-    "gemma2": ("Gemma2Config", _GEMMA),
-    "gemma3_text": ("Gemma3TextConfig", _GEMMA),
+    "gemma2": (
+        "Gemma2Config",
+        {**_GEMMA, "sliding_window": 5, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 0.1},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {**_GEMMA, "sliding_window": 5, "query_pre_attn_scalar": 9, "layer_types": [_LOCAL, "full_attention", _LOCAL]},
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from circuitmill.config.model import ModelConfig
 from circuitmill.errors import ConfigError, StoreError, UpstreamError
-from circuitmill.lm.load import load_language_model, load_tokenizer, tokenizer_digest
+from circuitmill.lm.load import LanguageModel, load_language_model, load_tokenizer, tokenizer_digest
 
 CPU = torch.device("cpu")
 
@@ -98,3 +99,19 @@ def test_tokenizer_digest_follows_its_files(tiny_model_dir: Path, copied: Path) 
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(settings))
     assert tokenizer_digest(load_tokenizer(_config(copied), toyworld=None)) != one
+
+
+def test_weights_go_to_the_device_in_the_wanted_dtype(tiny_model_dir: Path) -> None:
+    lm = load_language_model(_config(tiny_model_dir, "bfloat16"), toyworld=None, device=torch.device("cpu"))
+    assert lm.pretrained.hf_device_map == {"": CPU}
+    assert {(parameter.device, parameter.dtype) for parameter in lm.model.parameters()} == {(CPU, torch.bfloat16)}
+    assert not any(hasattr(module, "_hf_hook") for module in lm.model.modules())
+
+
+def test_attention_soft_caps_are_applied(lm_of: Callable[[str], LanguageModel]) -> None:
+    lm = lm_of("gemma2")
+    tokens = torch.randint(2, 258, (1, 11), generator=torch.Generator().manual_seed(0))
+    found = lm.model(tokens).logits
+    lm.pretrained.set_attn_implementation("sdpa")
+    assert (lm.model(tokens).logits - found).abs().max() > 1e-3
+    assert lm_of("gemma3_text").pretrained.config._attn_implementation == "sdpa"

@@ -9,10 +9,11 @@ import yaml
 from tests.conftest import REPOSITORY
 
 from circuitmill.config.cache import CacheConfig
+from circuitmill.config.calibrate import CalibrateConfig
 from circuitmill.config.decode import decode
 from circuitmill.config.tokenize import TokenizeConfig
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.stages import cache, tokenize
+from circuitmill.stages import cache, calibrate, tokenize
 from circuitmill.stores.activations import ActivationStore
 from circuitmill.stores.clt import save_clt
 from circuitmill.stores.manifest import StageOutput, load_manifest, load_upstreams
@@ -40,24 +41,62 @@ def model_options(folder: Path) -> dict:
     return {"source": "folder", "name": str(folder), "revision": "", "dtype": "float32"}
 
 
-def make_cache(folder: Path, model_dir: Path, *, seed: int = 0) -> dict[str, Path]:
-    """Manifests of a token store and of its unquantised activations."""
+def make_tokens(folder: Path, model_dir: Path, *, seed: int = 0) -> Path:
+    """The manifest of a token store of short texts."""
     rng = np.random.default_rng(seed)
     sentences = [" ".join(rng.choice(WORDS, size=int(rng.integers(2, 6)))) + "." for _ in range(60)]
     text = folder / "text.txt"
     text.parent.mkdir(parents=True, exist_ok=True)
     # numbered, because a text that occurs twice is one document
     text.write_text("".join(f"{sentences[n % 60]} {n}\n" for n in range(240)))
-    model = model_options(model_dir)
-    plain = options("tokenize", "files", model=model, files=[str(text)], context=CONTEXT, heldout_fraction=0.25)
+    plain = options(
+        "tokenize",
+        "files",
+        model=model_options(model_dir),
+        files=[str(text)],
+        context=CONTEXT,
+        heldout_fraction=0.25,
+    )
     tokenize.run(decode(TokenizeConfig, plain, "tokenize"), out=folder / "tokenize")
-    paths = {"tokenize": folder / "tokenize" / "manifest.json"}
+    return folder / "tokenize" / "manifest.json"
+
+
+def make_cache(folder: Path, model_dir: Path, *, seed: int = 0) -> dict[str, Path]:
+    """Manifests of a token store and of its unquantised activations."""
+    tokens, model = make_tokens(folder, model_dir, seed=seed), model_options(model_dir)
+    calibrated = make_calibration(folder / "calibrate", model, tokens)
     plain = options("cache", "tiny", model=model, codec="float32", train_tokens=None, heldout_tokens=None)
-    cfg = decode(CacheConfig, plain, "cache")
+    cached = run_cache(decode(CacheConfig, plain, "cache"), tokens, calibrated, folder / "cache")
+    return {"tokenize": tokens, "cache": cached}
+
+
+def make_upstreams(folder: Path, model_dir: Path, *, n_texts: int, **changes: object) -> dict[str, Path]:
+    """Manifests of a cache of the tiny option, with changes, and of its tokens: sums, which a transcoder can learn."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n} plus {n * 7 % 10} is {n + n * 7 % 10}\n" for n in range(n_texts)))
+    model = model_options(model_dir)
+    plain = options("tokenize", "files", model=model, files=[str(text)], context=CONTEXT, heldout_fraction=0.2)
+    tokenize.run(decode(TokenizeConfig, plain, "tokenize"), out=folder / "tokenize")
+    tokens = folder / "tokenize" / "manifest.json"
+    calibrated = make_calibration(folder / "calibrate", model, tokens)
+    cfg = decode(CacheConfig, options("cache", "tiny", model=model, **changes), "cache")
+    return {"tokenize": tokens, "cache": run_cache(cfg, tokens, calibrated, folder / "cache")}
+
+
+def make_calibration(out: Path, model: dict, tokens: Path) -> Path:
+    """The manifest of stage calibrate for a model and its tokens."""
+    plain = options("calibrate", "tiny", model=model)
+    calibrate.run(decode(CalibrateConfig, plain, "calibrate"), tokenize=tokens, out=out)
+    return out / "manifest.json"
+
+
+def run_cache(cfg: CacheConfig, tokens: Path, calibrated: Path, out: Path) -> Path:
+    """The manifest of stage cache after all its shards."""
+    upstreams = {"tokenize": tokens, "calibrate": calibrated}
     for shard in cfg.units():
-        cache.run_unit(cfg, shard=shard, **paths, out=folder / "cache" / "shard" / shard)
-    cache.run(cfg, **paths, out=folder / "cache")
-    return paths | {"cache": folder / "cache" / "manifest.json"}
+        cache.run_unit(cfg, shard=shard, **upstreams, out=out / "shard" / shard)
+    cache.run(cfg, **upstreams, out=out)
+    return out / "manifest.json"
 
 
 def make_train(folder: Path, cache_path: Path, transcoder: Transcoder, *, version: int = 0) -> Path:
@@ -77,7 +116,11 @@ def random_transcoder(cache_path: Path, density: float = 0.06) -> Transcoder:
     generator = torch.Generator().manual_seed(1)
     for parameter in (transcoder.W_enc, transcoder.b_dec, *transcoder.W_dec):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    bound = transcoder.pre_activations(x).quantile(1 - density, dim=0)
+    ordered = transcoder.pre_activations(x).sort(dim=0).values
+    # in the widest gap near there: equal tokens have equal pre-activations, and rounding must not part them
+    near = ordered[int((1 - 1.2 * density) * len(x)) : int((1 - 0.8 * density) * len(x))]
+    middle = (near[1:] + near[:-1]) / 2
+    bound = middle.gather(0, near.diff(dim=0).argmax(dim=0, keepdim=True))[0]
     # a bias makes every threshold positive
     transcoder.b_enc.copy_(1.0 - bound)
     transcoder.log_threshold.fill_(0.0)

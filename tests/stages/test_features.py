@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tests.stages.small_run import (
@@ -11,6 +12,7 @@ from tests.stages.small_run import (
     DEAD,
     N_FEATURES,
     N_LAYERS,
+    WORDS,
     make_cache,
     make_train,
     model_options,
@@ -19,13 +21,17 @@ from tests.stages.small_run import (
 )
 from transformers import AutoTokenizer
 
+from circuitmill.config.cache import CacheConfig
+from circuitmill.config.calibrate import CalibrateConfig
 from circuitmill.config.decode import decode
 from circuitmill.config.features import FeaturesConfig
+from circuitmill.config.tokenize import TokenizeConfig
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, ShapeError, StoreError, UpstreamError
+from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.hookpoints import unembedding
 from circuitmill.lm.load import ModelConfig, load_language_model
-from circuitmill.stages import features
+from circuitmill.stages import cache, calibrate, features, tokenize
 from circuitmill.stores.activations import ActivationStore
 from circuitmill.stores.clt import load_clt
 from circuitmill.stores.features import FeatureStore
@@ -310,3 +316,59 @@ def test_asking_for_what_is_not_there(finished: Manifest) -> None:
         store.windows_of([(0, 11)])
     with pytest.raises(StoreError, match="one of the blocks 0000, 0001, 0002; found 0003"):
         store.windows("0003")
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Upstreams without stored activations: 40 and 10 sequences, so that the last batch is not a whole one."""
+    folder, model = tmp_path_factory.mktemp("streamed"), model_options(tiny_model_dir)
+    text = folder / "text.txt"
+    text.write_text("".join(f"{' '.join(np.random.default_rng(n).choice(WORDS, 6))} {n}.\n" for n in range(120)))
+    plain = options("tokenize", "files", model=model, files=[str(text)], context=CONTEXT, heldout_fraction=0.25)
+    tokenize.run(decode(TokenizeConfig, plain, "tokenize"), out=folder / "tokenize")
+    paths = {"tokenize": folder / "tokenize" / "manifest.json"}
+    calibrate.run(
+        decode(CalibrateConfig, options("calibrate", "tiny", model=model), "calibrate"),
+        **paths,
+        out=folder / "calibrate",
+    )
+    budgets = {"train_tokens": 40 * CONTEXT, "heldout_tokens": 10 * CONTEXT}
+    plain = options("cache", "tiny", model=model, mode="stream", batch_sequences=16, **budgets)
+    cfg = decode(CacheConfig, plain, "cache")
+    cache.run(cfg, **paths, calibrate=folder / "calibrate" / "manifest.json", out=folder / "cache")
+    paths["cache"] = folder / "cache" / "manifest.json"
+    transcoder = Transcoder(N_LAYERS, N_FEATURES, 16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (transcoder.W_enc, transcoder.b_enc, transcoder.b_dec, *transcoder.W_dec):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        transcoder.log_threshold.fill_(1.0)
+    return paths | {"train": make_train(folder / "train", paths["cache"], transcoder)}
+
+
+def test_a_streamed_cache_gives_the_features_of_the_models_own_activations(
+    streamed: dict[str, Path], cfg: FeaturesConfig, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    manifest = features.run_unit(dataclasses.replace(cfg, blocks=1), block="0000", **streamed, out=tmp_path / "0000")
+    lm = load_language_model(ModelConfig(**model_options(tiny_model_dir)), toyworld=None, device=torch.device("cpu"))
+    store = TokenStore.open(load_manifest(streamed["tokenize"], "tokenize"))
+    clt = load_clt(streamed["train"].parent / "model")
+    grids = {}
+    for split, count in (("train", 40), ("heldout", 10)):
+        tokens = torch.from_numpy(store.read(split, 0, count).astype(np.int64))
+        inputs = torch.cat([capture_mlp(lm, batch)[0] for batch in tokens.split(16)])
+        active = clt.encode(inputs.flatten(0, 1)).detach().unflatten(0, tokens.shape)
+        grids[split] = active.masked_fill((tokens == lm.bos_id)[:, :, None, None], 0.0)
+        assert manifest.counts["tokens"][split] == int((tokens != lm.bos_id).sum())
+    rows = pq.read_table(manifest.folder / "features.parquet").to_pylist()
+    assert len(rows) == N_LAYERS * N_FEATURES
+    for row in rows:
+        values = grids["train"][:, :, row["layer"], row["feature"]]
+        assert row["n_active"] == int((values > 0).sum())
+        assert row["act_max"] == pytest.approx(float(values.max()), rel=1e-6)
+    windows = pq.read_table(manifest.folder / "windows.parquet").to_pylist()
+    assert {row["split"] for row in windows} == {"train", "heldout"}
+    for row in windows:
+        part = slice(row["start"], min(row["start"] + WINDOW, CONTEXT))
+        values = grids[row["split"]][row["sequence"], part, row["layer"], row["feature"]]
+        torch.testing.assert_close(torch.tensor(row["activations"]), values)

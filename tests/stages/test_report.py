@@ -9,10 +9,12 @@ import pytest
 from tests.viz import synthetic
 from tests.viz.run_on_disk import stage_config, write_run
 
+from circuitmill import cli
 from circuitmill.errors import ConfigError, StoreError, UpstreamError
 from circuitmill.stages import report
 from circuitmill.stores.manifest import Manifest, load_manifest
 from circuitmill.viz.summary import headline
+from circuitmill.viz.summary import study as study_table
 
 CFG = stage_config("report")
 
@@ -111,6 +113,80 @@ def test_closing_text_has_figures_page_and_time(finished: Manifest) -> None:
     assert text.startswith("demo / main\n")
     assert str(finished.folder / "index.html") in text
     assert "95.8%" in text and "12 min 34 s" in text and "Known concepts found" in text
+
+
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Upstream manifests of two seeds on each of two caches."""
+    results = tmp_path_factory.mktemp("results") / "codecs"
+    return {
+        f"{codec}-{seed}": write_run(results, f"{codec}-{seed}", l0 + seed, seed=seed, codec=codec)
+        for codec, l0 in (("int4", 30.0), ("bf16", 28.0))
+        for seed in (0, 1)
+    }
+
+
+def study_of(codecs: dict[str, dict[str, Path]]) -> tuple[Path, ...]:
+    """The manifests that the workflow passes."""
+    shared = dict.fromkeys(paths["cache"] for paths in codecs.values())
+    return (*shared, *(codecs[name][stage] for stage in ("train", "evaluate", "attribute") for name in codecs))
+
+
+def test_variants_on_different_caches_are_compared(
+    codecs: dict[str, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, study = codecs["int4-1"], study_of(codecs)
+    manifest = report.run(CFG, **paths, study=study, out=tmp_path / "int4-1/report")
+    document = json.loads(manifest.file("study.json").read_text())
+    assert (document["keys"], document["baseline"]) == (["cache.codec"], "bf16")
+    int4, bf16 = document["groups"]
+    assert (int4["variants"], bf16["variants"]) == (["int4-0", "int4-1"], ["bf16-0", "bf16-1"])
+    assert bf16["means"]["l0"] == 28.5 and bf16["differences"] is None
+    assert int4["differences"]["l0"] == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 2, "method": "paired"}
+    assert int4["differences"]["replacement_score"]["mean"] == 0.0
+    # the same seed has the same features and graphs here, another seed others
+    assert int4["overlaps"]["by_id"] == int4["overlaps"]["matched"] == {"mean": 1.0, "pairs": 2}
+    assert bf16["overlaps"]["by_id"]["mean"] < 0.2 and bf16["overlaps"]["by_id"]["pairs"] == 1
+    assert bf16["overlaps"]["matched"]["mean"] == int4["overlaps"]["matched_other_seed"]["mean"] == 0.0
+    assert int4["no_lower"] == {"by_id": True, "matched": True, "matched_other_seed": True}
+    page = manifest.file("index.html").read_text()
+    assert "<title>codecs / int4-1</title>" in page
+    assert "Study: cache.codec" in page and "(baseline)" in page and "[+2, +2]" in page
+    # every variant's report holds the same study, and the summary of the run prints it once
+    other = report.run(CFG, **codecs["bf16-0"], study=study, out=tmp_path / "bf16-0/report")
+    assert other.files["study.json"] == manifest.files["study.json"]
+    assert cli.main(["summary", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("Study: cache.codec") == text.count("bf16 (baseline)") == 1
+    assert text.index("codecs / int4-1") < text.index("Study: cache.codec")
+
+
+def test_a_run_whose_variants_share_everything_has_no_study(finished: Manifest) -> None:
+    assert "study.json" not in finished.files and study_table(finished.folder / "manifest.json") is None
+    assert 'id="study"' not in finished.file("index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        ("evaluate", r"stage evaluate of variant int4-0[\s\S]*--study"),
+        ("cache", "the cache that variant int4-0 was trained on"),
+    ],
+)
+def test_a_study_needs_every_variant_whole(
+    codecs: dict[str, dict[str, Path]], tmp_path: Path, left_out: str, words: str
+) -> None:
+    study = [path for path in study_of(codecs) if path != codecs["int4-0"][left_out]]
+    with pytest.raises(UpstreamError, match=words):
+        report.run(CFG, **codecs["bf16-0"], study=tuple(study), out=tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_study_refuses_figures_of_another_transcoder(codecs: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    later = write_run(tmp_path / "codecs", "int4-0", seed=5, codec="int4")["train"]
+    study = [later if path == codecs["int4-0"]["train"] else path for path in study_of(codecs)]
+    with pytest.raises(UpstreamError, match="stage evaluate of variant int4-0, made from its transcoder"):
+        report.run(CFG, **codecs["bf16-0"], study=tuple(study), out=tmp_path / "report")
 
 
 def test_run_without_the_embedded_model(upstreams: dict[str, Path], tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 from tests.conftest import REPOSITORY
+from tests.stages.small_run import make_upstreams, options
 
-from circuitmill.config.cache import CacheConfig
 from circuitmill.config.decode import decode
-from circuitmill.config.tokenize import TokenizeConfig
 from circuitmill.config.train import TrainConfig
 from circuitmill.errors import ConfigError, InterruptedRun, StoreError, UpstreamError
 from circuitmill.stages import train as stage
@@ -25,12 +24,6 @@ from circuitmill.stores.tensors import read_tensors
 from circuitmill.training import loop
 from circuitmill.training.monitor import read_metrics
 
-MODEL = {"source": "folder", "revision": "", "dtype": "float32"}
-
-
-def options(stage_name: str, option: str) -> dict:
-    return yaml.safe_load((REPOSITORY / "config" / stage_name / f"{option}.yaml").read_text())
-
 
 @pytest.fixture(scope="module")
 def cfg() -> TrainConfig:
@@ -38,35 +31,27 @@ def cfg() -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """Manifest of a cache of a few thousand tokens, made by the stages that make it in a run."""
-    from circuitmill.stages import cache as cache_stage
-    from circuitmill.stages import tokenize as tokenize_stage
-
+def upstreams(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Path]:
+    """Manifests of a cache of a few thousand tokens and of its tokens, made by the stages that make it in a run."""
     folder = tmp_path_factory.mktemp("upstream")
-    text = folder / "text.txt"
-    text.write_text("".join(f"{n} plus {n * 7 % 10} is {n + n * 7 % 10}\n" for n in range(1000)))
-    model = MODEL | {"name": str(tiny_model_dir)}
-    tokenize = options("tokenize", "files") | {
-        "model": model,
-        "files": [str(text)],
-        "context": 32,
-        "heldout_fraction": 0.2,
-    }
-    tokenize_stage.run(decode(TokenizeConfig, tokenize, "tokenize"), toyworld=None, out=folder / "tokenize")
-    cache_cfg = decode(CacheConfig, options("cache", "tiny") | {"model": model}, "cache")
-    upstream = {"toyworld": None, "tokenize": folder / "tokenize" / "manifest.json"}
-    for shard in cache_cfg.units():
-        cache_stage.run_unit(cache_cfg, shard=shard, **upstream, out=folder / "cache" / "shard" / shard)
-    cache_stage.run(cache_cfg, **upstream, out=folder / "cache")
-    return folder / "cache" / "manifest.json"
+    return make_upstreams(folder, tiny_model_dir, n_texts=1000)
 
 
 @pytest.fixture(scope="module")
-def finished(cfg, cache, tmp_path_factory) -> Path:
+def cache(upstreams: dict[str, Path]) -> Path:
+    return upstreams["cache"]
+
+
+@pytest.fixture(scope="module")
+def finished(cfg, upstreams, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "train"
-    stage.run(cfg, cache=cache, out=out)
+    stage.run(cfg, **upstreams, out=out)
     return out
+
+
+def arguments(upstreams: dict[str, Path]) -> list[str]:
+    """The same on a command line."""
+    return [text for name, path in upstreams.items() for text in (f"--{name}", str(path))]
 
 
 def same_model(one: Path, other: Path) -> None:
@@ -115,20 +100,20 @@ def test_the_folded_model_reads_and_writes_raw_activations(finished, cfg, cache)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_stopped_training_continues_to_the_same_bits(finished, cfg, cache, tmp_path, monkeypatch):
+def test_a_stopped_training_continues_to_the_same_bits(finished, cfg, upstreams, tmp_path, monkeypatch):
     calls = iter(range(100))
     monkeypatch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
     with pytest.raises(InterruptedRun, match="after step 10"):
-        stage.run(cfg, cache=cache, out=tmp_path / "train")
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
     assert not (tmp_path / "train" / "manifest.json").exists()
     assert not (tmp_path / "train" / "model").exists()
     monkeypatch.undo()
-    stage.run(cfg, cache=cache, out=tmp_path / "train")
+    stage.run(cfg, **upstreams, out=tmp_path / "train")
     same_model(tmp_path / "train", finished)
     assert without_times(tmp_path / "train") == without_times(finished)
 
 
-def test_a_crash_between_checkpoints_continues_to_the_same_bits(finished, cfg, cache, tmp_path, monkeypatch):
+def test_a_crash_between_checkpoints_continues_to_the_same_bits(finished, cfg, upstreams, tmp_path, monkeypatch):
     whole = loop._step
 
     def fails(cfg, state, *rest):
@@ -138,20 +123,21 @@ def test_a_crash_between_checkpoints_continues_to_the_same_bits(finished, cfg, c
 
     monkeypatch.setattr(loop, "_step", fails)
     with pytest.raises(OSError, match="the machine is gone"):
-        stage.run(cfg, cache=cache, out=tmp_path / "train")
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
     monkeypatch.undo()
-    stage.run(cfg, cache=cache, out=tmp_path / "train")
+    stage.run(cfg, **upstreams, out=tmp_path / "train")
     same_model(tmp_path / "train", finished)
     assert without_times(tmp_path / "train") == without_times(finished)
 
 
-def test_kill_dash_nine_and_again(cfg, cache, tmp_path):
+def test_kill_dash_nine_and_again(cfg, upstreams, tmp_path):
     slow = dataclasses.replace(cfg, tokens=256 * 400, checkpoint_tokens=256 * 3)
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(plain(slow)))
     command = [
         *(sys.executable, "-m", "circuitmill", "train", "--config", str(config)),
-        *("--cache", str(cache), "--out", str(tmp_path / "killed")),
+        *arguments(upstreams),
+        *("--out", str(tmp_path / "killed")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -165,19 +151,20 @@ def test_kill_dash_nine_and_again(cfg, cache, tmp_path):
     process.wait()
     assert process.returncode == -signal.SIGKILL, process.stderr.read()
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    stage.run(slow, cache=cache, out=tmp_path / "killed")
-    stage.run(slow, cache=cache, out=tmp_path / "unbroken")
+    stage.run(slow, **upstreams, out=tmp_path / "killed")
+    stage.run(slow, **upstreams, out=tmp_path / "unbroken")
     same_model(tmp_path / "killed", tmp_path / "unbroken")
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "unbroken")
 
 
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_give_the_model_of_one(finished, cfg, cache, tmp_path):
+def test_two_ranks_under_torchrun_give_the_model_of_one(finished, cfg, upstreams, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(plain(cfg)))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "circuitmill", "train", "--config", str(config), "--cache", str(cache), "--out", str(tmp_path / "two")),
+        *("-m", "circuitmill", "train", "--config", str(config), *arguments(upstreams)),
+        *("--out", str(tmp_path / "two")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -191,11 +178,11 @@ def test_two_ranks_under_torchrun_give_the_model_of_one(finished, cfg, cache, tm
 
 
 @pytest.mark.slow
-def test_a_terminated_command_exits_with_75_and_continues(cfg, cache, tmp_path):
+def test_a_terminated_command_exits_with_75_and_continues(cfg, upstreams, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(plain(dataclasses.replace(cfg, tokens=256 * 2000))))
     command = [sys.executable, "-m", "circuitmill", "train", "--config", str(config)]
-    command += ["--cache", str(cache), "--out", str(tmp_path / "train")]
+    command += [*arguments(upstreams), "--out", str(tmp_path / "train")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "train" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
@@ -206,48 +193,48 @@ def test_a_terminated_command_exits_with_75_and_continues(cfg, cache, tmp_path):
     assert "a request to stop after step" in errors and "run the same command again" in errors
 
 
-def test_another_configuration_starts_again(cfg, cache, tmp_path):
+def test_another_configuration_starts_again(cfg, upstreams, tmp_path):
     calls = iter(range(100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedRun):
         patch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
-        stage.run(cfg, cache=cache, out=tmp_path / "train")
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
     other = dataclasses.replace(cfg, seed=5, tokens=1024)
-    manifest = stage.run(other, cache=cache, out=tmp_path / "train")
+    manifest = stage.run(other, **upstreams, out=tmp_path / "train")
     assert manifest.counts["steps"] == 4
     assert [path.name for path in (tmp_path / "train" / "checkpoints").iterdir()] == ["step-00000004"]
     assert [row["step"] for row in read_metrics(tmp_path / "train" / "metrics.jsonl")] == [2, 4]
 
 
-def test_metrics_are_mirrored_offline(cfg, cache, tmp_path, monkeypatch, capfd):
+def test_metrics_are_mirrored_offline(cfg, upstreams, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     short = dataclasses.replace(cfg, tokens=1024, wandb=True)
-    stage.run(short, cache=cache, out=tmp_path / "train")
+    stage.run(short, **upstreams, out=tmp_path / "train")
     assert list((tmp_path / "train" / "wandb").glob("offline-run-*/*.wandb"))
     assert capfd.readouterr().out == ""
 
 
-def test_a_missing_cache_is_named(cfg, tmp_path):
+def test_a_missing_cache_is_named(cfg, upstreams, tmp_path):
     with pytest.raises(UpstreamError, match=r"nowhere/manifest\.json"):
-        stage.run(cfg, cache=tmp_path / "nowhere" / "manifest.json", out=tmp_path / "train")
+        stage.run(cfg, **upstreams | {"cache": tmp_path / "nowhere" / "manifest.json"}, out=tmp_path / "train")
     assert not (tmp_path / "train").exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_stays(cfg, cache, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_stays(cfg, upstreams, tmp_path, monkeypatch):
     calls = iter(range(100))
     monkeypatch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
     with pytest.raises(InterruptedRun):
-        stage.run(cfg, cache=cache, out=tmp_path / "train")
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
     damaged = tmp_path / "train" / "checkpoints" / "step-00000010" / "state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(StoreError, match=r"step-00000010/state\.safetensors"):
-        stage.run(cfg, cache=cache, out=tmp_path / "train")
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
     assert damaged.exists()
 
 
-def test_ranks_that_cannot_share_a_batch_are_refused(cfg, cache, tmp_path, monkeypatch):
+def test_ranks_that_cannot_share_a_batch_are_refused(cfg, upstreams, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"multiple of the number of ranks \(3\); found 256"):
-        stage.run(cfg, cache=cache, out=tmp_path / "train")
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
 
 
 @pytest.mark.parametrize("option", ["default", "tiny", "gpt2"])

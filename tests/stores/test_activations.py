@@ -1,204 +1,205 @@
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
-from torch import Tensor
+from tests.stores.small_store import (
+    ALL_CODECS,
+    LAYERS,
+    LAYOUT,
+    TOKENS,
+    WIDTH,
+    Config,
+    activations,
+    open_store,
+    reopen,
+    write_shard,
+    write_shards,
+)
 
-from circuitmill.errors import DivergedError, ShapeError, StoreError, UpstreamError
-from circuitmill.stores.activation_schema import GROUP
-from circuitmill.stores.activation_shard import ActivationShard
-from circuitmill.stores.activation_writer import Layout, ShardWriter
-from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest
-from circuitmill.stores.quantize import make_codec
+from circuitmill.errors import StoreError
+from circuitmill.stores.activation_schema import GROUP, Layout, chunk_rows
+from circuitmill.stores.activations import ActivationStore
 
-LAYERS, WIDTH, TOKENS = 2, 32, 300
-LAYOUT = Layout(chunk=16, chunks_per_file=4, calibration_tokens=50, compression_level=1)
-
-
-@dataclass(frozen=True)
-class _Config:
-    codec: str = "int8"
-
-
-def _activations() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(TOKENS, LAYERS, WIDTH, generator=generator)
-    return inputs, 5 * torch.randn(TOKENS, LAYERS, WIDTH, generator=generator)
+SIZES = (300, 130, 64, 7)
+WORST = {"float32": 0, "bf16": 1e-5, "int8": 1e-4, "int4": 1e-2, "int2": 0.15, "entropy": 8e-3}
 
 
-def _writer(folder: Path, codec: str = "int8") -> tuple[StageOutput, ShardWriter]:
-    output = StageOutput("cache", _Config(codec), {}, folder, unit="train-00000")
-    numbers = np.arange(TOKENS)
-    provenance = {"sequence": numbers // 7, "position": numbers % 7 + 1, "token_id": numbers + 100}
-    attributes = {"n_layers": LAYERS, "d_model": WIDTH, "model": "random"}
-    return output, ShardWriter(output, make_codec(codec, LAYERS, WIDTH, 16), LAYOUT, provenance, attributes)
+def parts() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [activations(size, seed) for seed, size in enumerate(SIZES)]
 
 
-def _finish(output: StageOutput, writer: ShardWriter) -> Manifest:
-    return output.finish({**writer.finish(), "split": "train"})
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """Exact numbers in four shards of files of 64 tokens; the last two have one file each."""
+    folder = tmp_path_factory.mktemp("store")
+    return open_store(folder, write_shards(folder, Config("float32"), parts()))
 
 
-def _write(folder: Path, codec: str = "int8", batch: int = 37) -> Manifest:
-    output, writer = _writer(folder, codec)
-    for inputs, outputs in zip(*(x[writer.rows_done :].split(batch) for x in _activations()), strict=True):
-        writer.append(inputs, outputs)
-    return _finish(output, writer)
+@pytest.fixture(scope="module")
+def originals() -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, outputs = zip(*parts(), strict=True)
+    return torch.cat(inputs), torch.cat(outputs)
 
 
-@pytest.mark.parametrize(("codec", "worst"), [("int8", 1e-4), ("bf16", 1e-5), ("float32", 0)])
-def test_what_is_read_is_what_was_written(tmp_path: Path, codec: str, worst: float) -> None:
-    shard = ActivationShard(_write(tmp_path, codec))
-    for place, x in zip(("inputs", "outputs"), _activations(), strict=True):
-        restored = shard.decoded(place, 13, 250)
-        assert (restored - x[13:250]).square().sum() <= worst * x.square().sum()
-    assert shard.provenance("sequence", 14, 17).tolist() == [2, 2, 2]
-    assert shard.provenance("position", 14, 17).tolist() == [1, 2, 3]
-    assert shard.provenance("token_id", 14, 17).tolist() == [114, 115, 116]
+RANGES = [(0, 501), (0, 1), (500, 501), (63, 65), (250, 320), (13, 250), (299, 301), (300, 430), (429, 501), (64, 128)]
 
 
-def test_schema_is_readable_with_zarr_alone(tmp_path: Path) -> None:
-    _write(tmp_path)
+@pytest.mark.parametrize(("start", "stop"), RANGES)
+def test_reading_in_corpus_order_gives_the_originals(
+    store: ActivationStore, originals: tuple[torch.Tensor, torch.Tensor], start: int, stop: int
+) -> None:
+    rows = store.read("train", start, stop)
+    assert store.n_tokens("train") == 501
+    assert torch.equal(rows.inputs, originals[0][start:stop])
+    assert torch.equal(rows.outputs, originals[1][start:stop])
+    within = np.concatenate([np.arange(size) for size in SIZES])[start:stop]
+    assert np.array_equal(rows.sequence, within // 7)
+    assert np.array_equal(rows.position, within % 7 + 1)
+    assert np.array_equal(rows.token_id, within + 100)
+
+
+def test_rows_on_disk_are_in_another_order(store: ActivationStore) -> None:
+    ids = store.shards("train")[0].provenance(0)["token_id"]
+    assert sorted(ids) == list(range(100, 164)) and list(ids) != sorted(ids)
+
+
+def test_reading_again_and_backwards_gives_the_same(store: ActivationStore) -> None:
+    whole = store.read("train", 0, 501)
+    for start in (400, 380, 10, 64, 0, 63):
+        assert torch.equal(store.read("train", start, start + 20).inputs, whole.inputs[start : start + 20])
+
+
+def test_outputs_can_be_left_out(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = store.read("train", 40, 90)
+    asked = []
+    shard = type(store.shards("train")[0])
+    read = shard.read_chunk
+    monkeypatch.setattr(shard, "read_chunk", lambda self, n, places: asked.append(places) or read(self, n, places))
+    rows = store.read("train", 40, 90, outputs=False)
+    assert rows.outputs is None and torch.equal(rows.inputs, whole.inputs)
+    assert set(asked) == {("inputs",)}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (0, 502), (5, 5), (6, 5), (501, 502)])
+def test_reading_outside_the_split_is_refused(store: ActivationStore, start: int, stop: int) -> None:
+    with pytest.raises(StoreError, match=rf"tokens within 0 to 501; found {start} to {stop}(.|\n)*split train"):
+        store.read("train", start, stop)
+
+
+def test_inputs_alone_are_read_and_outputs_refused(
+    tmp_path: Path, originals: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    store = open_store(tmp_path, write_shards(tmp_path, Config("float32", ("inputs",)), parts()))
+    assert torch.equal(store.read("train", 250, 440, outputs=False).inputs, originals[0][250:440])
+    with pytest.raises(StoreError, match=r"stored outputs; found a cache of inputs alone(.|\n)*cache\.targets=stored"):
+        store.read("train", 0, 10)
+    mean = originals[1].double().mean(dim=0)
+    torch.testing.assert_close(store.normalization.output_mean.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", ALL_CODECS)
+def test_every_codec_gives_back_what_it_can(tmp_path: Path, codec: str) -> None:
+    store = open_store(tmp_path, write_shards(tmp_path, Config(codec), parts()[:2]))
+    rows = store.read("train", 33, 420)
+    for found, expected in zip((rows.inputs, rows.outputs), zip(*parts()[:2], strict=True), strict=True):
+        x = torch.cat(expected)[33:420]
+        error = (found - x).square().sum()
+        # a shift of three costs nothing: errors are relative to the deviation
+        assert error <= WORST[codec] * (x - x.mean(dim=0)).square().sum()
+
+
+@pytest.mark.parametrize("codec", ALL_CODECS)
+def test_a_store_can_be_read_with_zarr_alone(tmp_path: Path, codec: str) -> None:
+    """With what docs/formats.md says, numpy and no code of ours."""
+    write_shard(tmp_path, Config(codec))
     group = zarr.open_group(tmp_path / GROUP, mode="r")
-    assert group.attrs["codec"] == "int8"
-    assert group.attrs["schema_version"] == 1
-    codes, scales = group["inputs/codes"], group["inputs/scales"]
-    assert (codes.shape, codes.dtype, codes.chunks, codes.shards) == (
-        (TOKENS, LAYERS, WIDTH),
-        np.dtype("int8"),
-        (16, LAYERS, WIDTH),
-        (64, LAYERS, WIDTH),
-    )
-    assert (scales.shape, scales.dtype) == ((TOKENS, LAYERS, 2), np.dtype("float16"))
-    x = codes[:] * np.repeat(scales[:].astype("float32"), 16, axis=2) * group["inputs/channel_scale"][:]
-    np.testing.assert_allclose(x, _activations()[0], atol=0.1)
+    attributes = dict(group.attrs)
+    assert (attributes["codec"], attributes["schema_version"], attributes["model"]) == (codec, 2, "random")
+    assert (attributes["n_layers"], attributes["d_model"], attributes["file_rows"]) == (LAYERS, WIDTH, 64)
+    order = np.lexsort((group["position"][:], group["sequence"][:]))
+    for place, x in zip(("inputs", "outputs"), activations(), strict=True):
+        found = decoded_with_numpy(group, place, attributes)[order]
+        error = np.square(found - x.numpy()).sum()
+        assert error <= WORST[codec] * np.square(x.numpy() - x.numpy().mean(axis=0)).sum()
+        ours = open_store(tmp_path, [reopen(tmp_path)]).read("train", 0, TOKENS)
+        np.testing.assert_allclose(found, getattr(ours, place).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def decoded_with_numpy(group: zarr.Group, place: str, attributes: dict) -> np.ndarray:
+    inner = group[place]
+    if attributes["codec"] == "float32":
+        return inner["values"][:]
+    if attributes["codec"] == "bf16":
+        return (inner["values"][:].astype(np.uint32) << 16).view(np.float32)
+    each = attributes["group_channels"]
+    codes = inner["codes"][:]
+    if attributes["codec"] == "entropy":
+        u = codes * inner["step"][:][:, None] * np.repeat(2.0 ** inner["shifts"][:].astype(float), each, axis=2)
+    else:
+        scales = np.repeat(2.0 ** ((inner["scales"][:].astype(float) - 96) / 8), each, axis=2)
+        if attributes["codec"] == "int8":
+            u = codes * scales
+        else:
+            levels, size = attributes["levels"], attributes["rotation"]
+            bits = {16: 4, 4: 2}[levels]
+            parts = [(codes >> (bits * part)) & (levels - 1) for part in range(8 // bits)]
+            u = (np.concatenate(parts, axis=2) + 0.5 - levels / 2) * scales
+            block = np.ones((1, 1))
+            while len(block) < size:
+                block = np.kron([[1, 1], [1, -1]], block)
+            u = (u.reshape(*u.shape[:2], -1, size) @ block / size**0.5).reshape(u.shape)
+    return u * inner["scale"][:] + inner["center"][:]
+
+
+def test_arrays_are_chunked_and_checked_as_the_schema_says(tmp_path: Path) -> None:
+    write_shard(tmp_path, Config("int4", layout=Layout(TOKENS, 16, 4, 2)))
+    group = zarr.open_group(tmp_path / GROUP, mode="r")
+    codes, scales, sequence = group["inputs/codes"], group["outputs/scales"], group["sequence"]
+    shape = (LAYERS, WIDTH // 2)
+    assert (codes.shape, codes.chunks, codes.shards) == ((TOKENS, *shape), (16, *shape), (64, *shape))
+    assert (scales.shape, scales.chunks, scales.dtype) == ((TOKENS, LAYERS, 2), (16, LAYERS, 2), np.dtype("uint8"))
+    assert (sequence.chunks, sequence.shards, sequence.dtype) == ((64,), (64,), np.dtype("int64"))
     inner = codes.metadata.codecs[0].codecs
     assert [type(codec).__name__ for codec in inner] == ["BytesCodec", "ZstdCodec", "Crc32cCodec"]
 
 
-def _bytes(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("manifest.json", "ledger.jsonl")
-    }
+@pytest.mark.parametrize(
+    ("level", "names"), [(0, ["BytesCodec", "Crc32cCodec"]), (1, ["BytesCodec", "ZstdCodec", "Crc32cCodec"])]
+)
+def test_codes_are_compressed_only_if_asked_for_or_entropy_coded(tmp_path: Path, level: int, names: list[str]) -> None:
+    for codec in ("int8", "entropy"):
+        write_shard(tmp_path / codec, Config(codec, layout=Layout(TOKENS, 16, 4, level)))
+        array = zarr.open_group(tmp_path / codec / GROUP, mode="r")["inputs/codes"]
+        found = [type(part).__name__ for part in array.metadata.codecs[0].codecs]
+        assert found == (names if codec == "int8" else ["BytesCodec", "ZstdCodec", "Crc32cCodec"])
 
 
-@pytest.mark.parametrize("killed_after", [0, 50, 64, 130, 299])
-def test_a_killed_writer_goes_on_to_the_same_bytes(tmp_path: Path, killed_after: int) -> None:
-    straight = _write(tmp_path / "straight")
-    _, writer = _writer(tmp_path / "broken")
-    if killed_after:
-        writer.append(*(x[:killed_after] for x in _activations()))
-    # what a kill in the middle of a write leaves behind
-    half = tmp_path / "broken" / GROUP / "inputs" / "codes" / "c" / "4" / "0" / "0.abc.partial"
-    half.parent.mkdir(parents=True, exist_ok=True)
-    half.write_bytes(b"half")
-    _, resumed = _writer(tmp_path / "broken")
-    assert resumed.rows_done == killed_after // 64 * 64
-    again = _write(tmp_path / "broken")
-    assert again.digest == straight.digest
-    assert _bytes(tmp_path / "broken") == _bytes(tmp_path / "straight")
-
-
-def test_killed_while_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = _write(tmp_path / "straight")
+def test_another_schema_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rmdir", lambda _self: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            _write(tmp_path / "broken")
-    output, writer = _writer(tmp_path / "broken")
-    assert _finish(output, writer).digest == straight.digest
+        patch.setattr("circuitmill.stores.activation_schema.SCHEMA_VERSION", 1)
+        write_shard(tmp_path, Config())
+    with pytest.raises(StoreError, match=r"schema version 2; found 1(.|\n)*rerun stage cache"):
+        reopen(tmp_path)
 
 
-def test_too_few_and_too_many_tokens(tmp_path: Path) -> None:
-    _, writer = _writer(tmp_path / "few")
-    writer.append(*(x[:100] for x in _activations()))
-    with pytest.raises(ShapeError, match=r"300 tokens; found 100"):
-        writer.finish()
-    _, writer = _writer(tmp_path / "many")
-    with pytest.raises(ShapeError, match=r"300 tokens in the shard; found 301"):
-        writer.append(*(torch.cat([x, x[:1]]) for x in _activations()))
+@pytest.mark.parametrize(
+    ("codec", "n_rows", "chunk_bytes", "rows"),
+    [("int8", 10_000, 1, 1), ("int8", 10_000, 1000, 16), ("int4", 10_000, 1000, 32), ("float32", 10_000, 1000, 4),
+     ("int2", 10_000, 1024, 64), ("int8", 11, 10**6, 11)],
+)  # fmt: skip
+def test_a_chunk_is_the_least_power_of_two_of_tokens(codec: str, n_rows: int, chunk_bytes: int, rows: int) -> None:
+    from circuitmill.core.codecs import make_codec
+
+    assert chunk_rows(make_codec(codec, 2, 32, 16), n_rows, chunk_bytes) == rows
 
 
-def test_not_finite_activations_are_never_written(tmp_path: Path) -> None:
-    inputs, outputs = _activations()
-    outputs[70, 1, 3] = float("nan")
-    _, writer = _writer(tmp_path)
-    with pytest.raises(DivergedError, match=r"finite MLP outputs(.|\n)*layer 1"):
-        writer.append(inputs, outputs)
-    assert writer.rows_done == 64
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
-    return _write(tmp_path / "shard").folder
-
-
-CODES = f"{GROUP}/inputs/codes/c/1/0/0"
-
-
-def _flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 0x10
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("place", [10, 800, -3, -30])
-def test_a_flipped_byte_is_found_and_named(written: Path, place: int) -> None:
-    manifest = load_manifest(written / "manifest.json", "cache", "train-00000")
-    _flip(written / CODES, place)
-    shard = ActivationShard(manifest)
-    assert shard.decoded("inputs", 0, 64).shape == (64, LAYERS, WIDTH)
-    with pytest.raises(StoreError) as caught:
-        shard.decoded("inputs", 64, 128)
-    message = str(caught.value)
-    assert "chunks whose checksums match" in message
-    assert f"{written / GROUP}, array inputs/codes, chunks 4 to 7" in message
-    assert f"delete {written} and run the workflow again" in message
-
-
-def test_every_byte_of_a_file_is_covered(written: Path) -> None:
-    manifest = load_manifest(written / "manifest.json", "cache", "train-00000")
-    shard = ActivationShard(manifest)
-    path = written / f"{GROUP}/outputs/scales/c/0/0/0"
-    whole = path.read_bytes()
-    for at in range(0, len(whole), 29):
-        _flip(path, at)
-        with pytest.raises(StoreError, match="array outputs/scales"):
-            shard.decoded("outputs", 0, 64)
-        path.write_bytes(whole)
-    shard.decoded("outputs", 0, 64)
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage", [_truncate, Path.unlink])
-def test_truncated_and_missing_files(written: Path, damage: Callable[[Path], None]) -> None:
-    shard = ActivationShard(load_manifest(written / "manifest.json", "cache", "train-00000"))
-    damage(written / CODES)
-    with pytest.raises(StoreError, match=r"a file of \d+ bytes; found (\d+ bytes|no such file)(.|\n)*codes/c/1/0/0"):
-        shard.decoded("inputs", 100, 101)
-    with pytest.raises(UpstreamError, match=r"codes/c/1/0/0"):
-        load_manifest(written / "manifest.json", "cache", "train-00000")
-
-
-def test_edited_metadata(written: Path) -> None:
-    manifest = load_manifest(written / "manifest.json", "cache", "train-00000")
-    path = written / GROUP / "inputs" / "codes" / "zarr.json"
-    path.write_text(path.read_text().replace('"fill_value": 0', '"fill_value": 1'))
-    with pytest.raises(StoreError, match=r"sha256 (.|\n)*inputs/codes/zarr\.json"):
-        ActivationShard(manifest)
-
-
-def test_damage_in_one_shard_leaves_a_copy_alone(written: Path, tmp_path: Path) -> None:
-    shutil.copytree(written, tmp_path / "copy")
-    _flip(written / CODES, 10)
-    copy = load_manifest(tmp_path / "copy" / "manifest.json", "cache", "train-00000")
-    assert ActivationShard(copy).decoded("inputs", 64, 128).isfinite().all()
+def test_files_are_spans_of_the_corpus_in_an_order_of_their_own() -> None:
+    assert (LAYOUT.file_rows, LAYOUT.n_files) == (64, 5)
+    assert [LAYOUT.span(file) for file in range(5)] == [(0, 64), (64, 128), (128, 192), (192, 256), (256, 300)]
+    orders = [LAYOUT.order(file, seed).tolist() for file in (0, 1) for seed in (0, 1)]
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert LAYOUT.order(0, 1).tolist() == orders[1]
+    assert sorted(LAYOUT.order(4, 0)) == list(range(44))

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from circuitmill.errors import StoreError, UpstreamError
 from circuitmill.stores.files import sha256_file
-from circuitmill.stores.manifest import NAME, StageOutput, load_manifest, load_upstreams
+from circuitmill.stores.manifest import NAME, TIMING, StageOutput, load_manifest, load_upstreams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,52 @@ def test_same_work_same_digest_and_other_data_other_digest(tmp_path: Path):
     assert write(tmp_path / "d", cfg=Config(2)).digest != one.digest
 
 
+def test_the_same_work_leaves_the_same_manifest_and_its_own_times(tmp_path: Path):
+    one, two = (
+        StageOutput("tokenize", Config(), {}, tmp_path / "a"),
+        StageOutput("tokenize", Config(), {}, tmp_path / "b"),
+    )
+    for output in (one, two):
+        output.path("data.txt").write_text("data")
+    first = one.finish({"n": 3})
+    time.sleep(0.02)
+    second = two.finish({"n": 3})
+    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    assert set(first.files) == {"data.txt"}
+    assert second.wall_seconds > first.wall_seconds > 0 and second.peak_memory_bytes > 1e6
+    loaded = load_manifest(tmp_path / "b" / NAME)
+    assert (loaded.wall_seconds, loaded.peak_memory_bytes) == (second.wall_seconds, second.peak_memory_bytes)
+    raw = json.loads((tmp_path / "b" / TIMING).read_text())
+    assert raw == {"wall_seconds": second.wall_seconds, "peak_memory_bytes": second.peak_memory_bytes}
+
+
+def test_times_are_written_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written = []
+    monkeypatch.setattr("circuitmill.stores.manifest.atomic_write", lambda path, text: written.append(path.name))
+    write(tmp_path)
+    assert written == [TIMING, NAME]
+
+
+def test_without_times_they_are_zero_and_unreadable_ones_are_refused(tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / TIMING).unlink()
+    loaded = load_manifest(tmp_path / NAME)
+    assert (loaded.wall_seconds, loaded.peak_memory_bytes) == (0, 0)
+    for text in ("{", "[]", '{"wall_seconds": 1}', '{"wall_seconds": NaN, "peak_memory_bytes": 1}'):
+        (tmp_path / TIMING).write_text(text)
+        with pytest.raises(UpstreamError, match=r"two numbers(.|\n)*timing.json(.|\n)*fix: +delete"):
+            load_manifest(tmp_path / NAME)
+
+
+def test_a_manifest_of_an_earlier_version_keeps_its_digest_and_the_times_inside_it(tmp_path: Path):
+    written = write(tmp_path)
+    (tmp_path / TIMING).unlink()
+    raw = json.loads((tmp_path / NAME).read_text())
+    (tmp_path / NAME).write_text(json.dumps({**raw, "wall_seconds": 12.5, "peak_memory_bytes": 99}))
+    loaded = load_manifest(tmp_path / NAME)
+    assert (loaded.digest, loaded.wall_seconds, loaded.peak_memory_bytes) == (written.digest, 12.5, 99)
+
+
 def test_missing_names_the_stage_to_run(tmp_path: Path):
     with pytest.raises(UpstreamError, match=r"manifest of stage tokenize; found no such file(.|\n)*snakemake tokenize"):
         load_manifest(tmp_path / NAME, "tokenize")
@@ -53,6 +100,8 @@ def test_missing_names_the_stage_to_run(tmp_path: Path):
         (lambda raw: raw.update(stage="cache"), "manifest of stage tokenize; found stage cache"),
         (lambda raw: raw["counts"].update(n=4), "matches its own digest; found an edited one"),
         (lambda raw: raw.pop("files"), "a complete manifest; found KeyError"),
+        (lambda raw: raw["files"].update(x={}), "a complete manifest; found KeyError"),
+        (lambda raw: raw["counts"].update(n=float("nan")), "a complete manifest; found ValueError: NaN"),
     ],
 )
 def test_refuses_what_is_not_the_expected_manifest(tmp_path: Path, edit, message: str):
@@ -141,6 +190,13 @@ def test_starting_removes_the_done_mark(tmp_path: Path):
     write(tmp_path)
     StageOutput("tokenize", Config(), {}, tmp_path)
     assert not (tmp_path / NAME).exists()
+
+
+def test_a_stage_of_another_version(tmp_path: Path):
+    written = write(tmp_path)
+    (tmp_path / NAME).write_text(dataclasses.replace(written, stage="tokenise").to_json())
+    with pytest.raises(UpstreamError, match="a stage of this version; found stage tokenise"):
+        load_manifest(tmp_path / NAME)
 
 
 def test_a_ledger_line_cut_short_counts_as_not_written(tmp_path: Path):

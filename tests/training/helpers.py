@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from circuitmill.config.train import InitConfig, LossConfig, TrainConfig
+from circuitmill.core.codecs import StoredBatch, plain_batch
 from circuitmill.core.scaling import Scaling
 from circuitmill.distributed import Ranks
+from circuitmill.training import parallel
 from circuitmill.training.batches import Batches
 from circuitmill.training.loop import train
 from circuitmill.training.state import TrainState, start
@@ -53,33 +55,40 @@ def tiny(**changes: Any) -> TrainConfig:
 
 
 class Memory:
-    """Outputs are a nonlinear function of the inputs of the same and earlier layers."""
+    """Outputs are a nonlinear function of the inputs of the same and earlier layers.
 
-    def __init__(self, batch_tokens: int = TINY.batch_tokens) -> None:
-        self.batch_tokens = batch_tokens
+    `rows` are those of one rank.
+    """
+
+    def __init__(self, batch_tokens: int = TINY.batch_tokens, rows: slice | None = None) -> None:
+        self.batch_tokens, self.rows = batch_tokens, rows or slice(0, batch_tokens)
         generator = torch.Generator().manual_seed(9)
         self.mix = torch.randn(N_LAYERS, D_MODEL, D_MODEL, generator=generator)
         self.asked: list[int] = []
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self.asked.append(index)
+    def pair(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and outputs of the whole batch."""
         x = torch.randn(self.batch_tokens, N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(index))
         written = torch.einsum("nld,lde->nle", x, self.mix).relu()
         return 3 * x, 0.5 * written.cumsum(dim=1)
+
+    def batch(self, index: int) -> StoredBatch:
+        self.asked.append(index)
+        return plain_batch(*(side[self.rows] for side in self.pair(index)))
 
 
 def scaling() -> Scaling:
     return Scaling(torch.full((N_LAYERS,), 1 / 3), torch.tensor([0.7, 0.4]))
 
 
-def batches(cfg: TrainConfig, ranks: Ranks = ONE, source: Any = None) -> Batches:
-    return Batches(
-        source or Memory(cfg.batch_tokens),
-        scaling(),
-        batch_tokens=cfg.batch_tokens,
-        ranks=ranks,
-        device=torch.device("cpu"),
-    )
+def batches(cfg: TrainConfig, ranks: Ranks = ONE, source: Any = None, **options: Any) -> Batches:
+    source = source or Memory(cfg.batch_tokens, parallel.batch_slice(cfg.batch_tokens, ranks))
+    return Batches(source, scaling(), device=torch.device("cpu"), **options)
+
+
+def beginning(cfg: TrainConfig, data: Batches, ranks: Ranks = ONE) -> TrainState:
+    """As stage train does: from all rows of the first batch."""
+    return start(cfg, *(parallel.gather_rows(side, ranks) for side in data.get(0)))
 
 
 def run(
@@ -88,7 +97,7 @@ def run(
     """Train in memory; returns the state and the rows of metrics."""
     rows: list = []
     with data or batches(cfg, source=source) as data:
-        state = state or start(cfg, *data.whole(0))
+        state = state or beginning(cfg, data, hooks.get("ranks", ONE))
         defaults = {
             "ranks": ONE,
             "log": rows.append,
@@ -102,4 +111,4 @@ def run(
 
 def fresh(cfg: TrainConfig) -> TrainState:
     with batches(cfg) as data:
-        return start(cfg, *data.whole(0))
+        return beginning(cfg, data)

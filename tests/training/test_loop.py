@@ -80,8 +80,8 @@ def test_a_request_to_stop_ends_after_the_step_with_a_checkpoint():
 
 
 class Poisoned(Memory):
-    def batch(self, index):
-        x, y = super().batch(index)
+    def pair(self, index):
+        x, y = super().pair(index)
         return x, y * float("nan") if index == 5 else y
 
 
@@ -129,7 +129,7 @@ def test_starting_values_follow_the_configuration():
     cfg = tiny(init__encoder_bias="zero", init__decoder_bias="zero")
     assert not fresh(cfg).transcoder.b_enc.any() and not fresh(cfg).transcoder.b_dec.any()
     with batches(tiny()) as data:
-        x, y = data.whole(0)
+        x, y = data.get(0)
         state = start(tiny(), x, y)
     firing = (state.transcoder.encode(x) > 0).double().sum(dim=2).mean(dim=0)
     assert firing.tolist() == pytest.approx([4.0, 4.0])

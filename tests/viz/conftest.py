@@ -50,6 +50,7 @@ def make_content() -> pages.Content:
         graphs=documents,
         entries=entries,
         plots=[],
+        study=synthetic.study(),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from tests.viz import synthetic
 
 from circuitmill import pipeline
@@ -17,6 +18,7 @@ from circuitmill.stores.feature_writer import write_index, write_windows
 from circuitmill.stores.features import BLOCKS, FEATURES, GROUP_FEATURES, INDEX, WINDOWS, block_span
 from circuitmill.stores.graphs import write_json
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest
+from circuitmill.stores.tensors import write_tensors
 from circuitmill.stores.tokens import write_parquet
 
 N_BLOCKS = 2
@@ -30,12 +32,19 @@ def stage_config(stage: str) -> Any:
     return run.config(stage, "" if pipeline.stage(stage).shared else "main")
 
 
-def write_run(results: Path, variant: str = "main", l0: float = 28.0, steps: int = 40) -> dict[str, Path]:
-    """Write all stages before report; returns their manifests' paths as stage report takes them."""
+def write_run(
+    results: Path, variant: str = "main", l0: float = 28.0, steps: int = 40, *, seed: int = 0, codec: str | None = None
+) -> dict[str, Path]:
+    """Write all stages before report; returns their manifests' paths as stage report takes them.
+
+    Args:
+        seed: Decides features and graphs.
+        codec: With it the cache lies in the folder of variant `<codec>-0`, which shares it.
+    """
     made: dict[str, Manifest] = {}
 
-    def stage(name: str, cfg: Any, fill: Fill, *, shared: bool = False, upstream: tuple[str, ...] = ()) -> None:
-        out = results / name if shared else results / variant / name
+    def stage(name: str, cfg: Any, fill: Fill, *, home: str = variant, upstream: tuple[str, ...] = ()) -> None:
+        out = results / home / name
         inputs = {key: made[key] for key in upstream}
         units = cfg.units() if hasattr(cfg, "units") else ()
         word = pipeline.stage(name).unit
@@ -45,18 +54,23 @@ def write_run(results: Path, variant: str = "main", l0: float = 28.0, steps: int
         output = StageOutput(name, cfg, inputs, out, keep=(word,) if word else ())
         made[name] = output.finish(fill(output))
 
-    stage("toyworld", stage_config("toyworld"), _toyworld, shared=True)
-    stage("tokenize", stage_config("tokenize"), lambda output: {}, shared=True, upstream=("toyworld",))
+    stage("toyworld", stage_config("toyworld"), _toyworld, home="")
+    stage("tokenize", stage_config("tokenize"), lambda output: {}, home="", upstream=("toyworld",))
     before = ("toyworld", "tokenize")
-    stage("cache", stage_config("cache"), lambda output: {}, shared=True, upstream=before)
-    stage("train", stage_config("train"), lambda output: _train(output, steps), upstream=("cache",))
+    stage("calibrate", stage_config("calibrate"), lambda output: {}, home="", upstream=before)
+    cache = replace(stage_config("cache"), **({"codec": codec} if codec else {}))
+    home = f"{codec}-0" if codec else ""
+    stage("cache", cache, lambda output: {}, home=home, upstream=(*before, "calibrate"))
+    train = replace(stage_config("train"), seed=seed)
+    stage("train", train, lambda output: _train(output, steps, seed), upstream=(*before, "cache"))
     stage("evaluate", stage_config("evaluate"), lambda output: _evaluate(output, l0), upstream=(*before, "train"))
     features = replace(stage_config("features"), blocks=N_BLOCKS)
     stage("features", features, _features, upstream=(*before, "cache", "train"))
     stage("interpret", stage_config("interpret"), _interpret, upstream=("features",))
     attribute = replace(stage_config("attribute"), circuits={"two_hop": 2}, prompts={"own": "Some text"})
-    stage("attribute", attribute, _attribute, upstream=(*before, "train", "features", "interpret"))
-    return {name: manifest.folder / NAME for name, manifest in made.items()}
+    fill = functools.partial(_attribute, seed=seed)
+    stage("attribute", attribute, fill, upstream=(*before, "train", "features", "interpret"))
+    return {name: made[name].folder / NAME for name in pipeline.stage("report").upstream}
 
 
 def _unit(stage: str, unit: str, output: StageOutput) -> dict:
@@ -71,7 +85,12 @@ def _toyworld(output: StageOutput) -> dict:
     return {}
 
 
-def _train(output: StageOutput, steps: int) -> dict:
+def _train(output: StageOutput, steps: int, seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(synthetic.N_LAYERS):
+        shape = (synthetic.N_FEATURES, synthetic.N_LAYERS - layer, 32)
+        decoder = torch.randn(*shape, generator=generator)
+        write_tensors(output.path("model", f"W_dec_{layer}.safetensors"), {f"W_dec_{layer}": decoder})
     rows = "".join(json.dumps(row) + "\n" for row in synthetic.metrics(steps))
     output.path("metrics.jsonl").write_text(rows)
     return {}
@@ -114,11 +133,11 @@ def _interpret(output: StageOutput) -> dict:
     return {}
 
 
-def _attribute(output: StageOutput) -> dict:
+def _attribute(output: StageOutput, seed: int) -> dict:
     graphs = []
     prompts = (("two_hop-00", "two_hop", 0), ("two_hop-01", "two_hop", 1), ("own", None, 2))
     for name, kind, city in prompts:
-        document = synthetic.graph(name, *synthetic.CITIES[city], seed=city)
+        document = synthetic.graph(name, *synthetic.CITIES[city], seed=city + 100 * seed)
         write_json(output.path("graph_data", f"{name}.json"), document)
         graphs.append(synthetic.summary(name, kind, *synthetic.CITIES[city][1:], document))
     write_json(output.path("summary.json"), {"graphs": graphs})

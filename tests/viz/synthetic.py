@@ -239,6 +239,33 @@ def evaluation(l0: float = 28.0) -> Evaluation:
     return _evaluation(evaluation_document(l0))
 
 
+def study() -> dict:
+    """The content of study.json: three codecs, the last of which lost something."""
+    kinds = ("by_id", "matched", "matched_other_seed")
+    groups = []
+    for place, codec in enumerate(("bf16", "int8", "int2")):
+        worse = {"ev": -0.004 * place**3, "l0": 0.4 * place, "kl": 0.002 * place**3, "replacement_score": -0.01 * place}
+        groups.append(
+            {
+                "name": codec,
+                "options": {"cache.codec": codec},
+                "variants": [f"{codec}-{seed}" for seed in range(3)],
+                "cache_bytes": 800_000_000 // 2**place,
+                "means": {"ev": 0.9876, "l0": 28.25, "kl": 0.0123, "replacement_score": 0.734},
+                "differences": {
+                    key: {"mean": mean, "low": mean - 0.005, "high": mean + 0.005, "n": 3, "method": "paired"}
+                    for key, mean in worse.items()
+                }
+                if place
+                else None,
+                "overlaps": {kind: {"mean": 0.41 if place != 2 else 0.3, "pairs": 3} for kind in kinds},
+                "no_lower": dict.fromkeys(kinds, place == 1) if place else None,
+            }
+        )
+    prompts = ["two_hop-00", "two_hop-01"]
+    return {"keys": ["cache.codec"], "baseline": "bf16", "confidence": 0.95, "prompts": prompts, "groups": groups}
+
+
 def logits(rng: random.Random) -> list[dict]:
     texts = [" Austin", " Texas", NASTY, " Houston", "\n", ' "', "ll", " Paris", " red", " 17"]
     return [{"token": i, "text": text, "value": 2.5 * 0.8**i + rng.random() / 10} for i, text in enumerate(texts)]

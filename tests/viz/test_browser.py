@@ -126,6 +126,8 @@ def test_overview_draws_charts_and_links_graphs(driver, visit, site: Site) -> No
     assert len(css(driver, "#evaluation-charts rect")) > 20
     assert len(css(driver, "#variant-charts circle")) == 6
     assert len(css(driver, "a.graph-row")) == len(site.content.entries)
+    rows = css(driver, "#study tbody tr")
+    assert [row.text.split()[0] for row in rows] == ["bf16", "int8", "int2"] and "✗" in rows[2].text
     css(driver, "a.graph-row")[0].click()
     wait(driver, "document.body.dataset.ready === 'two_hop-00'")
 

@@ -230,6 +230,14 @@ def test_variants_are_drawn_only_when_there_are_several() -> None:
     assert len(evaluation_view.variant_charts(rows)) == 3
 
 
+def test_overview_compares_variants_that_differ_in_a_shared_stage(site: Site) -> None:
+    document = overview(site)
+    for piece in ("Study: cache.codec", "bf16 (baseline)", "-0.0040 [-0.0090, +0.0010]", "0.41 ✓", "0.3 ✗", "400 MB"):
+        assert piece in document.text, piece
+    assert ("a", {"href": "#study"}) in document.tags
+    assert "runs of the same seed paired" in document.text and "of 2 graphs" in document.text
+
+
 def test_concepts_are_counted_over_graphs(site: Site) -> None:
     found, known = pages.concepts_found(site.content.entries)
     assert known == len(synthetic.CITIES)

@@ -78,9 +78,10 @@ def test_a_single_stage_is_a_target(workflow: Workflow):
 
 def test_a_raised_revision_reruns_its_stage_and_what_follows(workflow: Workflow):
     pipeline = workflow.folder / "src/circuitmill/pipeline.py"
-    pipeline.write_text(
-        pipeline.read_text().replace('Stage("train", ("cache",))', 'Stage("train", ("cache",), revision=7)')
-    )
+    row = 'Stage("train", ("toyworld", "tokenize", "cache"), revision=2)'
+    text = pipeline.read_text()
+    assert row in text
+    pipeline.write_text(text.replace(row, row.replace("revision=2", "revision=77")))
     expected = {name: count for name, count in AFTER_CACHE.items() if name != "configure"}
     assert workflow.planned() == expected
 
@@ -91,16 +92,141 @@ def test_rewording_a_rule_reruns_nothing(workflow: Workflow):
     assert workflow.planned() == {}
 
 
-def test_variants_share_the_stages_before_train(workflow: Workflow):
-    experiment = workflow.folder / "config/experiment/sweep.yaml"
-    text = (workflow.folder / "config/experiment/demo.yaml").read_text().replace("name: demo", "name: sweep")
-    experiment.write_text(text + "\nvariants:\n  a: [train.seed=1]\n  b: [train.seed=2]\n")
+def write_sweep(workflow: Workflow, **variants: str) -> Path:
+    """Make `sweep` the tiny run with these variants; returns its results folder."""
+    text = (workflow.folder / "config/experiment/tiny.yaml").read_text().replace("name: tiny", "name: sweep")
+    lines = "".join(f"  {name.replace('_', '-')}: [{overrides}]\n" for name, overrides in variants.items())
+    (workflow.folder / "config/experiment/sweep.yaml").write_text(f"{text}\nvariants:\n{lines}")
+    return workflow.folder / "results/sweep"
+
+
+CODECS = {
+    "bf16_0": "cache.codec=bf16, train.seed=0",
+    "bf16_1": "cache.codec=bf16, train.seed=1",
+    "int4_0": "cache.codec=int4, train.seed=0",
+    "int4_1": "cache.codec=int4, train.seed=1",
+}
+
+
+def call_of(manifest: Path, flag: str) -> list[str]:
+    """What a stage was given with a flag, as paths below the run's folder."""
+    call = json.loads(manifest.read_text())
+    given = call[call.index(flag) + 1 :]
+    values = given[: next((place for place, word in enumerate(given) if word.startswith("--")), None)]
+    return [Path(value).relative_to("results/sweep").as_posix() for value in values]
+
+
+def test_variants_that_agree_share_the_stages_before_train_in_the_run_s_folder(workflow: Workflow):
+    results = write_sweep(workflow, a="train.seed=1", b="train.seed=2")
     planned = workflow.planned("--config", "run=sweep")
-    assert planned["run_toyworld"] == planned["run_tokenize"] == planned["run_cache"] == 1
+    for stage in ("toyworld", "tokenize", "calibrate", "cache"):
+        assert planned[f"run_{stage}"] == 1
     assert planned["run_train"] == planned["run_report"] == 2
-    experiment.write_text(text + "\nvariants:\n  a: [cache.seed=1]\n")
+    workflow.snakemake("all", "--config", "run=sweep")
+    assert {path.name for path in results.iterdir()} == {
+        "toyworld",
+        "tokenize",
+        "calibrate",
+        "cache",
+        "a",
+        "b",
+        "config",
+        "logs",
+        "benchmarks",
+    }
+    assert {path.stem for path in (results / "config").iterdir()} == {"toyworld", "tokenize", "calibrate", "cache"}
+    assert call_of(results / "b/train/manifest.json", "--cache") == ["cache/manifest.json"]
+    assert call_of(results / "b/report/manifest.json", "--siblings") == ["a/evaluate/manifest.json"]
+    assert call_of(results / "b/report/manifest.json", "--study") == []
+
+
+def test_variants_with_another_cache_share_it_by_content(workflow: Workflow):
+    results = write_sweep(workflow, **CODECS)
+    run = load_run("tiny")
+    planned = workflow.planned("--config", "run=sweep")
+    shards = len(run.config("cache").units())
+    assert planned["run_toyworld"] == planned["run_tokenize"] == planned["run_calibrate"] == 1
+    assert (planned["run_cache"], planned["cache_shard"]) == (2, 2 * shards)
+    assert planned["run_train"] == planned["run_report"] == 4
+    # three shared frozen configurations, one of each cache, six of each variant
+    assert planned["configure"] == 3 + 2 + 6 * 4
+    # the target of a stage is each group's output
+    assert workflow.planned("cache", "--config", "run=sweep") == {
+        "configure": 5,
+        "run_toyworld": 1,
+        "run_tokenize": 1,
+        "run_calibrate": 1,
+        "cache_shard": 2 * shards,
+        "run_cache": 2,
+        "cache": 1,
+    }
+    workflow.snakemake("all", "--config", "run=sweep")
+    assert "Nothing to be done" in workflow.snakemake("all", "--config", "run=sweep")
+    assert sorted(path.relative_to(results).as_posix() for path in results.rglob("cache/manifest.json")) == [
+        "bf16-0/cache/manifest.json",
+        "int4-0/cache/manifest.json",
+    ]
+    for codec in ("bf16", "int4"):
+        owner = results / f"{codec}-0"
+        assert f"codec: {codec}" in (owner / "config/cache.yaml").read_text()
+        given = call_of(owner / "cache/manifest.json", "--config")
+        assert given == [f"{codec}-0/config/cache.yaml"]
+        assert (results / f"logs/{codec}-0/cache.log").is_file()
+        assert (results / f"benchmarks/{codec}-0/cache.jsonl").is_file()
+        for seed in (0, 1):
+            for stage in ("train", "features", "report"):
+                given = call_of(results / f"{codec}-{seed}/{stage}/manifest.json", "--cache")
+                assert given == [f"{codec}-0/cache/manifest.json"], (codec, seed, stage)
+            assert call_of(results / f"{codec}-{seed}/train/manifest.json", "--tokenize") == ["tokenize/manifest.json"]
+    names = [name.replace("_", "-") for name in CODECS]
+    study = ["bf16-0/cache", "int4-0/cache"]
+    study += [f"{name}/{stage}" for stage in ("train", "evaluate", "attribute") for name in names]
+    assert call_of(results / "int4-1/report/manifest.json", "--study") == [f"{path}/manifest.json" for path in study]
+
+
+def test_a_change_of_one_cache_reruns_the_variants_that_share_it(workflow: Workflow):
+    write_sweep(workflow, **CODECS)
+    workflow.snakemake("all", "--config", "run=sweep")
+    changed = {name: text.replace("int4", "int2") for name, text in CODECS.items()}
+    write_sweep(workflow, **changed)
+    planned = workflow.planned("--config", "run=sweep")
+    run = load_run("tiny")
+    assert planned == {
+        "configure": 1,
+        "cache_shard": len(run.config("cache").units()),
+        "run_cache": 1,
+        "run_train": 2,
+        "run_evaluate": 2,
+        "features_block": 2 * len(run.config("features", "main").units()),
+        "run_features": 2,
+        "interpret_block": 2 * len(run.config("interpret", "main").units()),
+        "run_interpret": 2,
+        "attribute_prompt": 2 * len(run.config("attribute", "main").units()),
+        "run_attribute": 2,
+        # every report has the study of all variants
+        "run_report": 4,
+    }
+
+
+def test_stages_before_the_cache_are_divided_with_all_that_follows_them(workflow: Workflow):
+    results = write_sweep(workflow, a="", b="tokenize.max_train_tokens=6400")
+    workflow.snakemake("all", "--config", "run=sweep")
+    for stage in ("tokenize", "calibrate", "cache"):
+        assert not (results / stage).exists()
+        for variant in ("a", "b"):
+            assert call_of(results / f"{variant}/{stage}/manifest.json", "--toyworld") == ["toyworld/manifest.json"]
+    for variant in ("a", "b"):
+        assert call_of(results / f"{variant}/cache/manifest.json", "--tokenize") == [
+            f"{variant}/tokenize/manifest.json"
+        ]
+        given = call_of(results / f"{variant}/train/manifest.json", "--tokenize")
+        assert given == [f"{variant}/tokenize/manifest.json"]
+
+
+def test_a_variant_of_something_else_than_stages_is_refused(workflow: Workflow):
+    write_sweep(workflow, a="name=other")
     text = workflow.snakemake("-n", "--config", "run=sweep", check=False)
-    assert "a variant that overrides train or later stages only; found cache.seed=1" in text
+    assert "a variant that overrides options of stages or of the model only; found name=other" in text
 
 
 def test_a_run_on_another_model_has_no_toyworld(workflow: Workflow):

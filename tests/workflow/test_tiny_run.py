@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from circuitmill import pipeline
 from circuitmill.pipeline import STAGES
 from circuitmill.stores.manifest import load_manifest
 
@@ -34,7 +35,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 def stage_command(stage: str, *extra: str, out: str = "elsewhere") -> list[str]:
     """The command that the workflow runs for a stage of the tiny run."""
     row = next(row for row in STAGES if row.name == stage)
-    home = lambda name: f"results/tiny/{'' if name in ('toyworld', 'tokenize', 'cache') else 'main/'}"  # noqa: E731
+    home = lambda name: f"results/tiny/{'' if pipeline.stage(name).shared else 'main/'}"  # noqa: E731
     command = ["circuitmill", stage, "--config", f"{home(stage)}config/{stage}.yaml"]
     for name in row.upstream:
         command += [f"--{name}", f"{home(name)}{name}/manifest.json"]
@@ -118,7 +119,8 @@ def test_prompt_longer_than_the_context(run: Path):
 
 
 def test_wrong_key(run: Path):
-    done = call(run, "circuitmill", "train", "experiment=tiny", "train.lrr=1", "--cache", "x", "--out", "elsewhere")
+    given = ["--tokenize", "x", "--cache", "x", "--out", "elsewhere"]
+    done = call(run, "circuitmill", "train", "experiment=tiny", "train.lrr=1", *given)
     refused(done, "ConfigError", "lrr")
     assert done.returncode == 2 and not (run / "elsewhere").exists()
 

@@ -12,11 +12,11 @@ rule attribute_prompt:
     """Trace, prune and score the graph of one prompt."""
     input:
         config=frozen("attribute"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
-        train=manifest("train"),
-        features=manifest("features"),
-        interpret=manifest("interpret"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        train=upstream("train"),
+        features=upstream("features"),
+        interpret=upstream("interpret"),
     output:
         manifest=unit_manifest("attribute"),
         graph=f"{unit_folder('attribute')}/graph.json",
@@ -43,11 +43,11 @@ rule run_attribute:
     """Write the index of the graphs, the pages of their features and what the graphs say about known circuits."""
     input:
         config=frozen("attribute"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
-        train=manifest("train"),
-        features=manifest("features"),
-        interpret=manifest("interpret"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        train=upstream("train"),
+        features=upstream("features"),
+        interpret=upstream("interpret"),
         prompts=unit_manifests("attribute"),
     output:
         manifest=manifest("attribute"),

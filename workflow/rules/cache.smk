@@ -1,6 +1,7 @@
 """MLP inputs and outputs of every layer, one job per shard, and the statistics that training normalises with.
 
 Inputs:  results/<run>/config/cache.yaml, results/<run>/tokenize/manifest.json,
+         results/<run>/calibrate/manifest.json,
          results/<run>/toyworld/manifest.json (embedded model only)
 Outputs: results/<run>/cache/shard/<shard>/manifest.json; beside it activations.zarr
          results/<run>/cache/manifest.json; beside it normalization.safetensors
@@ -11,8 +12,9 @@ rule cache_shard:
     """Run the language model over one slice of the sequences and store what its MLPs read and write."""
     input:
         config=frozen("cache"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        calibrate=upstream("calibrate"),
     output:
         manifest=unit_manifest("cache"),
     log:
@@ -30,15 +32,16 @@ rule cache_shard:
         out=beside,
     shell:
         "python -m circuitmill cache --shard {wildcards.shard} --config {input.config} --toyworld {input.toyworld}"
-        " --tokenize {input.tokenize} --out {params.out} 2>&1 | tee {log} >&2"
+        " --tokenize {input.tokenize} --calibrate {input.calibrate} --out {params.out} 2>&1 | tee {log} >&2"
 
 
 rule run_cache:
     """Check that every shard is there and merge their statistics."""
     input:
         config=frozen("cache"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        calibrate=upstream("calibrate"),
         shards=unit_manifests("cache"),
     output:
         manifest=manifest("cache"),
@@ -57,4 +60,4 @@ rule run_cache:
         out=beside,
     shell:
         "python -m circuitmill cache --config {input.config} --toyworld {input.toyworld} --tokenize {input.tokenize}"
-        " --out {params.out} 2>&1 | tee {log} >&2"
+        " --calibrate {input.calibrate} --out {params.out} 2>&1 | tee {log} >&2"

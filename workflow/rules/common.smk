@@ -1,4 +1,8 @@
-"""Which run this is, and where its files are. Every path of the workflow is made here."""
+"""Which run this is, and where its files are. Every path of the workflow is made here.
+
+The heads of the other files name the paths of a run whose variants agree in toyworld, tokenize, calibrate and cache.
+Where they differ, a stage's folder is below that of the first variant that uses it: results/<run>/<variant>/<stage>/.
+"""
 
 import shlex
 import sys
@@ -21,8 +25,8 @@ wildcard_constraints:
 
 
 def folder(name):
-    """Folder of a stage, with the wildcard {variant} for train and what follows."""
-    return f"{RESULTS}/{name}" if stage(name).shared else f"{RESULTS}/{{variant}}/{name}"
+    """Folder of a stage; with the wildcard {variant} if variants differ in it, and for train and what follows."""
+    return f"{RESULTS}/{name}" if "" in RUN.stages[name] else f"{RESULTS}/{{variant}}/{name}"
 
 
 def unit_folder(name):
@@ -32,8 +36,8 @@ def unit_folder(name):
 
 
 def manifest(name):
-    """The one output of a stage. Absent (an empty list) if this run does not have the stage."""
-    return f"{folder(name)}/manifest.json" if name in RUN.stages else []
+    """The one output of a stage."""
+    return f"{folder(name)}/manifest.json"
 
 
 def unit_manifest(name):
@@ -41,20 +45,28 @@ def unit_manifest(name):
     return f"{unit_folder(name)}/manifest.json"
 
 
+def upstream(name):
+    """Input: the output of an earlier stage that this variant uses. Absent if this run does not have the stage."""
+    if name not in RUN.stages:
+        return []
+    if "" in RUN.stages[name]:
+        return manifest(name)
+    return lambda wildcards: manifest(name).format(variant=RUN.home(name, wildcards.variant))
+
+
 def unit_manifests(name):
     """Input function: the outputs of all units of a stage, known from the configuration alone."""
 
     def of(wildcards):
         variant = getattr(wildcards, "variant", "")
-        pattern = unit_manifest(name).replace("{variant}", variant)
-        return [pattern.format(**{stage(name).unit: unit}) for unit in RUN.config(name, variant).units()]
+        return expand(unit_manifest(name), variant=variant, **{stage(name).unit: RUN.config(name, variant).units()})
 
     return of
 
 
 def frozen(name):
     """The frozen configuration of a stage."""
-    return f"{RESULTS}/config/{name}.yaml" if stage(name).shared else f"{RESULTS}/{{variant}}/config/{name}.yaml"
+    return folder(name).removesuffix(name) + f"config/{name}.yaml"
 
 
 def frozen_text(wildcards):
@@ -80,18 +92,24 @@ def beside(wildcards, output):
 
 
 def targets(name):
-    """The outputs of a stage and of its units, for all variants.
+    """The outputs of a stage and of its units, for all variants, once each.
 
     Units are listed because snakemake makes a missing intermediate file again only if it is asked for.
     """
-    files = expand(manifest(name), variant=RUN.variants)
+    files = expand(manifest(name), variant=RUN.stages[name])
     unit = stage(name).unit
-    for variant in RUN.stages[name] if unit else ():
+    for home, cfg in RUN.stages[name].items() if unit else ():
         patterns = [unit_manifest(name)] + [f"{unit_folder(name)}/graph.json"] * (name == "attribute")
-        files += expand(patterns, variant=variant, **{unit: RUN.config(name, variant).units()})
+        files += expand(patterns, variant=home, **{unit: cfg.units()})
     return files
 
 
 def siblings(name):
     """Input function: the outputs of a stage for the variants other than this one."""
     return lambda wildcards: expand(manifest(name), variant=[v for v in RUN.variants if v != wildcards.variant])
+
+
+def study():
+    """Input: what compares all variants of a run if they differ in a shared stage; nothing if they do not."""
+    names = [*RUN.divided(), "train", "evaluate", "attribute"] if RUN.divided() else []
+    return [path for name in names for path in expand(manifest(name), variant=RUN.stages[name])]

@@ -10,9 +10,9 @@ rule run_evaluate:
     """Measure the trained transcoder."""
     input:
         config=frozen("evaluate"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
-        train=manifest("train"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        train=upstream("train"),
     output:
         manifest=manifest("evaluate"),
     log:

@@ -11,10 +11,10 @@ rule features_block:
     """Collect windows, densities and logit weights of one block of features."""
     input:
         config=frozen("features"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
-        cache=manifest("cache"),
-        train=manifest("train"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        cache=upstream("cache"),
+        train=upstream("train"),
     output:
         manifest=unit_manifest("features"),
     log:
@@ -40,10 +40,10 @@ rule run_features:
     """Check that the blocks cover every feature once and index them."""
     input:
         config=frozen("features"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
-        cache=manifest("cache"),
-        train=manifest("train"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        cache=upstream("cache"),
+        train=upstream("train"),
         blocks=unit_manifests("features"),
     output:
         manifest=manifest("features"),

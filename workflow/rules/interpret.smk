@@ -10,7 +10,7 @@ rule interpret_block:
     """Explain the features of one block and score the explanations on held-out windows."""
     input:
         config=frozen("interpret"),
-        features=manifest("features"),
+        features=upstream("features"),
     output:
         manifest=unit_manifest("interpret"),
     log:
@@ -35,7 +35,7 @@ rule run_interpret:
     """Check that every feature has its row and sum the scores up."""
     input:
         config=frozen("interpret"),
-        features=manifest("features"),
+        features=upstream("features"),
         blocks=unit_manifests("interpret"),
     output:
         manifest=manifest("interpret"),

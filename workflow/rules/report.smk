@@ -1,7 +1,8 @@
 """The browsable page of one variant; works from disk and without network.
 
 Inputs:  results/<run>/<variant>/config/report.yaml, the manifests of every stage before,
-         and of evaluate of the run's other variants
+         and of evaluate of the run's other variants; if variants differ in a shared stage also, of all variants, the
+         manifests of that stage, train, evaluate and attribute
 Outputs: results/<run>/<variant>/report/manifest.json; beside it index.html
 """
 
@@ -10,15 +11,16 @@ rule run_report:
     """Write the page."""
     input:
         config=frozen("report"),
-        toyworld=manifest("toyworld"),
-        tokenize=manifest("tokenize"),
-        cache=manifest("cache"),
-        train=manifest("train"),
-        evaluate=manifest("evaluate"),
-        features=manifest("features"),
-        interpret=manifest("interpret"),
-        attribute=manifest("attribute"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        cache=upstream("cache"),
+        train=upstream("train"),
+        evaluate=upstream("evaluate"),
+        features=upstream("features"),
+        interpret=upstream("interpret"),
+        attribute=upstream("attribute"),
         siblings=siblings("evaluate"),
+        study=study(),
     output:
         manifest=manifest("report"),
     log:
@@ -38,4 +40,4 @@ rule run_report:
         "python -m circuitmill report --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --evaluate {input.evaluate}"
         " --features {input.features} --interpret {input.interpret} --attribute {input.attribute}"
-        " --siblings {input.siblings} --out {params.out} 2>&1 | tee {log} >&2"
+        " --siblings {input.siblings} --study {input.study} --out {params.out} 2>&1 | tee {log} >&2"

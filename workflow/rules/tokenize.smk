@@ -9,7 +9,7 @@ rule run_tokenize:
     """Tokenize and pack the corpus."""
     input:
         config=frozen("tokenize"),
-        toyworld=manifest("toyworld"),
+        toyworld=upstream("toyworld"),
     output:
         manifest=manifest("tokenize"),
     log:

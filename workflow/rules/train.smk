@@ -1,6 +1,7 @@
 """The cross-layer transcoder.
 
-Inputs:  results/<run>/<variant>/config/train.yaml, results/<run>/cache/manifest.json
+Inputs:  results/<run>/<variant>/config/train.yaml, the manifests of tokenize, cache,
+         and of toyworld (embedded model only)
 Outputs: results/<run>/<variant>/train/manifest.json; beside it model/, metrics.jsonl, checkpoints/
 """
 
@@ -9,7 +10,9 @@ rule run_train:
     """Train, always through torchrun: one process per GPU, or one on the CPU where there is none."""
     input:
         config=frozen("train"),
-        cache=manifest("cache"),
+        toyworld=upstream("toyworld"),
+        tokenize=upstream("tokenize"),
+        cache=upstream("cache"),
     output:
         manifest=manifest("train"),
     log:
@@ -29,4 +32,5 @@ rule run_train:
         ranks=lambda wildcards, resources: max(1, resources.gpu),
     shell:
         "torchrun --standalone --nproc-per-node {params.ranks} -m circuitmill train --config {input.config}"
-        " --cache {input.cache} --out {params.out} 2>&1 | tee {log} >&2"
+        " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --out {params.out}"
+        " 2>&1 | tee {log} >&2"

@@ -23,18 +23,22 @@ class CacheConfig:
     """The same for the held-out split."""
     batch_sequences: int
     """Sequences in one forward pass."""
-    codec: Literal["int8", "bf16", "float32"]
-    """Stored form: 8-bit codes with scales, or the numbers themselves."""
+    mode: Literal["disk", "stream"]
+    """Stored in shards, or computed by the model while the transcoder trains."""
+    targets: Literal["stored", "recomputed"]
+    """MLP outputs stored beside the inputs, or computed again from them by the trainer with the model's own MLPs."""
+    codec: Literal["float32", "bf16", "int8", "int4", "int2", "entropy"]
+    """Stored form of a number; `circuitmill.core.codecs` describes each."""
+    bits: float
+    """Size of a number with codec entropy, in bits, 1 to 7; fixed by the other codecs."""
     group_channels: int
-    """Channels that share one scale (int8); must divide d_model, or be larger and then means all channels."""
-    calibration_tokens: int
-    """Tokens at the start of a shard from which the scale of each channel is taken (int8)."""
+    """Channels that share a scale (int8, int4, int2, entropy); must divide d_model, or be larger and then means all."""
     compression_level: int
-    """Of zstd, 1 to 22."""
+    """Of zstd for what the codec leaves, 1 to 22; 0 stores it as it is. Codes of entropy are always compressed."""
     chunk_bytes: int
-    """Least size of a compressed and checksummed chunk of codes, before compression."""
+    """Least size of a checksummed chunk of codes, before compression."""
     chunks_per_file: int
-    """Chunks in one file of a shard; a file is the unit of writing and of resuming."""
+    """Chunks in one file of a shard; a file is the unit of writing, of resuming and of shuffling."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -42,7 +46,6 @@ class CacheConfig:
             "heldout_shards",
             "batch_sequences",
             "group_channels",
-            "calibration_tokens",
             "chunk_bytes",
             "chunks_per_file",
         )
@@ -50,16 +53,40 @@ class CacheConfig:
             self._require(getattr(self, key) > 0, "a positive number", key)
         for key in ("train_tokens", "heldout_tokens"):
             self._require(getattr(self, key) is None or getattr(self, key) > 0, "a positive number or null", key)
-        self._require(1 <= self.compression_level <= 22, "a level from 1 to 22", "compression_level")
+        self._require(0 <= self.compression_level <= 22, "a level from 0 to 22", "compression_level")
+        self._require(1 <= self.bits <= 7, "1 to 7 bits", "bits")
 
     def _require(self, good: bool, expected: str, key: str) -> None:
         if not good:
             raise ConfigError(expected, found=repr(getattr(self, key)), where=f"cache.{key}", fix="change the value")
 
     def units(self) -> tuple[str, ...]:
-        """Names of the shards: split and number."""
+        """Names of the shards: split and number; none if activations are streamed."""
+        if self.mode == "stream":
+            return ()
         names = [f"train-{index:05d}" for index in range(self.train_shards)]
         return tuple(names + [f"heldout-{index:05d}" for index in range(self.heldout_shards)])
+
+    def n_sequences(self, split: str, there: int, context: int) -> int:
+        """Sequences of a split that its budget covers, the last one whole.
+
+        Args:
+            there: Sequences that the split of the token store has.
+            context: Tokens in a sequence.
+
+        Raises:
+            ConfigError: the budget asks for more tokens than there are.
+        """
+        budget = {"train": self.train_tokens, "heldout": self.heldout_tokens}[split]
+        wanted = there if budget is None else -(-budget // context)
+        if wanted > there:
+            raise ConfigError(
+                f"at most {there * context} tokens in split {split} of the token store",
+                found=f"a budget of {budget}",
+                where=f"cache.{split}_tokens",
+                fix="lower it, set null to take all, or tokenize more text",
+            )
+        return wanted
 
     def slices(self, sequences: dict[str, int], context: int) -> dict[str, tuple[str, int, int]]:
         """Which sequences each shard holds: shard -> (split, first, one past the last).
@@ -72,19 +99,8 @@ class CacheConfig:
             ConfigError: a budget asks for more tokens than there are, or a shard would be empty.
         """
         result = {}
-        for split, shards, budget in (
-            ("train", self.train_shards, self.train_tokens),
-            ("heldout", self.heldout_shards, self.heldout_tokens),
-        ):
-            there = sequences[split]
-            wanted = there if budget is None else -(-budget // context)
-            if wanted > there:
-                raise ConfigError(
-                    f"at most {there * context} tokens in split {split} of the token store",
-                    found=f"a budget of {budget}",
-                    where=f"cache.{split}_tokens",
-                    fix="lower it, set null to take all, or tokenize more text",
-                )
+        for split, shards in (("train", self.train_shards), ("heldout", self.heldout_shards)):
+            wanted = self.n_sequences(split, sequences[split], context)
             if wanted < shards:
                 raise ConfigError(
                     f"at most {wanted} shards for {wanted} sequences of split {split}",

@@ -68,7 +68,7 @@ def compose(overrides: list[str]) -> dict:
 def load_run(experiment: str, overrides: list[str] | None = None) -> Run:
     """Compose and decode a run with all its variants.
 
-    A variant is a list of overrides of `train` and later stages, applied after the run's own.
+    A variant is a list of overrides of stages' options or of the model, applied after the run's own.
 
     Raises:
         ConfigError: anything is wrong with the run or one of its variants.
@@ -76,17 +76,17 @@ def load_run(experiment: str, overrides: list[str] | None = None) -> Run:
     base = [f"experiment={experiment}", *(overrides or [])]
     tree = compose(base)
     variants = tree.get("variants") or {}
-    shared = {row.name for row in STAGES if row.shared} | {"model"}
+    allowed = {row.name for row in STAGES} | {"model"}
     composed = {}
     for name in variant_names(variants):
         extra = [str(item) for item in variants.get(name, [])]
         for item in extra:
-            if item.lstrip("+~").split("=")[0].split(".")[0] in shared:
+            if item.lstrip("+~").split("=")[0].split(".")[0] not in allowed:
                 raise ConfigError(
-                    "a variant that overrides train or later stages only",
+                    "a variant that overrides options of stages or of the model only",
                     found=item,
                     where=f"variants.{name}",
-                    fix="stages before train are shared by all variants; make another experiment",
+                    fix="keys: `circuitmill config experiment=NAME`; what else differs makes another experiment",
                 )
         composed[name] = compose(base + extra) if extra else tree
     return decode_run(composed)

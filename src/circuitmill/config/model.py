@@ -10,8 +10,9 @@ from circuitmill.errors import ConfigError
 class ModelConfig:
     """A causal language model with one `mlp` module per block."""
 
-    source: Literal["toyworld", "huggingface", "folder"]
-    """Made by stage toyworld, on the Hugging Face hub, or a local folder in Hugging Face's layout."""
+    source: Literal["toyworld", "huggingface", "folder", "transformer_lens"]
+    """Made by stage toyworld, on the Hugging Face hub, a local folder in Hugging Face's layout, or a local folder
+    written by `circuitmill.lm.lens.save_lens_model`."""
     name: str
     """Hub name or folder; a label only for the embedded model."""
     revision: str

@@ -1,4 +1,4 @@
-"""A whole run: which model, which stages, which variants."""
+"""A whole run: which model, which stages, which variants, and which variants share the output of a stage."""
 
 import importlib
 import re
@@ -7,7 +7,8 @@ from typing import Any
 
 from circuitmill.config.decode import decode
 from circuitmill.errors import ConfigError
-from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES
+from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, Stage
+from circuitmill.pipeline import stage as stage_row
 
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _STAGE_FOLDERS = {stage.name for stage in STAGES} | {"config", "logs", "benchmarks"}
@@ -21,12 +22,19 @@ def config_class(stage: str) -> type:
 
 @dataclass(frozen=True)
 class Run:
-    """A decoded run. Shared stages have one configuration, the others one per variant."""
+    """A decoded run.
+
+    Every stage has a home per variant: the variant in whose folder the output lies that this variant uses. That is the
+    variant itself for train and what follows. Variants share a shared stage if they agree in its configuration and in
+    those of all shared stages before it; its home is the first of them, or "" (the run's own folder) if all agree.
+    """
 
     name: str
     variants: tuple[str, ...]
+    homes: dict[str, dict[str, str]]
+    """Stage name -> variant -> home."""
     stages: dict[str, dict[str, Any]]
-    """Stage name -> variant -> frozen configuration; shared stages under the variant name "" only."""
+    """Stage name -> home -> frozen configuration."""
     plain: dict[str, dict[str, dict]]
     """The same as plain data, as it is frozen to YAML."""
 
@@ -39,9 +47,29 @@ class Run:
         """The stages of this run, in pipeline order."""
         return tuple(stage.name for stage in STAGES if stage.name in self.stages)
 
+    def divided(self) -> tuple[str, ...]:
+        """The shared stages in which variants differ, in pipeline order."""
+        return tuple(row.name for row in STAGES if row.shared and len(self.stages.get(row.name, ())) > 1)
+
+    def home(self, stage: str, variant: str) -> str:
+        """The variant in whose folder the output lies that a variant uses; "" for the run's own folder.
+
+        Raises:
+            ConfigError: no such variant.
+        """
+        homes = self.homes[stage]
+        if variant not in homes:
+            raise ConfigError(
+                f"a variant of run {self.name}: {', '.join(homes)}",
+                found=repr(variant),
+                where="variant",
+                fix="name one of them, or list it under `variants` of the experiment",
+            )
+        return homes[variant]
+
     def config(self, stage: str, variant: str = "") -> Any:
-        """The frozen configuration of a stage."""
-        return self.stages[stage][variant]
+        """The frozen configuration of a stage, for a variant; without one, of a stage that all variants share."""
+        return self.stages[stage][self.home(stage, variant) if variant else ""]
 
 
 def variant_names(variants: dict) -> tuple[str, ...]:
@@ -69,7 +97,7 @@ def decode_run(composed: dict[str, dict]) -> Run:
         composed: Variant name -> plain composed tree (top-level keys: name, model, variants, one per stage).
 
     Raises:
-        ConfigError: anything is wrong with any of them.
+        ConfigError: anything is wrong with any of them, or only some of them are on the embedded model.
     """
     variants = tuple(composed)
     first = composed[variants[0]]
@@ -79,14 +107,44 @@ def decode_run(composed: dict[str, dict]) -> Run:
         raise ConfigError(
             "top-level keys " + ", ".join(sorted(known)), found=", ".join(unknown), where="config", fix="remove them"
         )
-    embedded = first["model"]["source"] == "toyworld"
-    stages: dict[str, dict[str, Any]] = {}
-    plain: dict[str, dict[str, dict]] = {}
-    for row in STAGES:
-        if row.name == OPTIONAL_UPSTREAM and not embedded:
-            continue
-        for variant in ("",) if row.shared else variants:
-            data = composed[variant or variants[0]].get(row.name, {})
-            plain.setdefault(row.name, {})[variant] = data
-            stages.setdefault(row.name, {})[variant] = decode(config_class(row.name), data, row.name)
-    return Run(first["name"], variants, stages, plain)
+    rows = _rows(composed)
+    homes, stages, plain = {}, {}, {}
+    for row in rows:
+        homes[row.name] = _homes(row, rows, composed)
+        owners = {home: home or variants[0] for home in homes[row.name].values()}
+        plain[row.name] = {home: composed[owner].get(row.name, {}) for home, owner in owners.items()}
+        cls = config_class(row.name)
+        stages[row.name] = {home: decode(cls, data, row.name) for home, data in plain[row.name].items()}
+    return Run(first["name"], variants, homes, stages, plain)
+
+
+def _rows(composed: dict[str, dict]) -> list[Stage]:
+    """The stages of a run: all of them on the embedded model, without its own stage on another."""
+    embedded = {variant: tree["model"]["source"] == OPTIONAL_UPSTREAM for variant, tree in composed.items()}
+    if len(set(embedded.values())) > 1:
+        odd = next(variant for variant, here in embedded.items() if here != next(iter(embedded.values())))
+        raise ConfigError(
+            "variants that are all on the embedded model, or none of them",
+            found=f"model.source={composed[odd]['model']['source']}",
+            where=f"variants.{odd}",
+            fix="make another experiment for the other model",
+        )
+    return [row for row in STAGES if row.name != OPTIONAL_UPSTREAM or all(embedded.values())]
+
+
+def _homes(row: Stage, rows: list[Stage], composed: dict[str, dict]) -> dict[str, str]:
+    """Variant -> home of a stage; `Run` says what that is."""
+    if not row.shared:
+        return {variant: variant for variant in composed}
+    names = [one.name for one in rows if one.shared and (one is row or one.name in _upstream_of(row.name))]
+    content = {variant: [tree.get(name, {}) for name in names] for variant, tree in composed.items()}
+    groups = list(content.values())
+    if all(one == groups[0] for one in groups):
+        return dict.fromkeys(composed, "")
+    return {variant: next(owner for owner in composed if content[owner] == content[variant]) for variant in composed}
+
+
+def _upstream_of(name: str) -> set[str]:
+    """Every stage that a stage depends on, directly or not."""
+    direct = stage_row(name).upstream
+    return set(direct).union(*(_upstream_of(one) for one in direct))

@@ -22,6 +22,14 @@ AXES: dict[str, str] = {
     "rank": "one process of a distributed run",
     "entry": "one (token, feature) place of a matrix of which few places are kept",
     "bin": "a bar of a histogram",
+    "step": "one quantisation step of the grid whose cost in bits is measured",
+    "block": "tokens that are read together: a chunk of a stored shard, a batch of a running model",
+    "row": "one row of a matrix, or of stored numbers",
+    "column": "one column of a matrix",
+    "size": "rows and columns of a square matrix",
+    "byte": "a byte of packed codes",
+    "pool": "tokens that are shuffled together in memory",
+    "all_tokens": "the tokens of all ranks, first rank first",
     "firing": "one (token, feature) pair in which the feature fires",
 }
 """What each axis word stands for."""

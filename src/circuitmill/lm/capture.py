@@ -1,4 +1,4 @@
-"""MLP inputs and outputs of every layer, through forward hooks on the Hugging Face model."""
+"""MLP inputs and outputs of every layer, through forward hooks on the model's MLP modules."""
 
 from collections.abc import Callable
 

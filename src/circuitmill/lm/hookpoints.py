@@ -2,7 +2,8 @@
 
 A feature reads the input of a block's `mlp` module and writes to its output. TransformerLens and
 circuit-tracer call these places `mlp.hook_in` and `mlp.hook_out`; in Hugging Face's models they are what goes
-into and comes out of one module per block, so plain forward hooks reach them.
+into and comes out of one module per block, so plain forward hooks reach them. So they are in TransformerLens's own
+models (lm/lens.py).
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from circuitmill.errors import ConfigError
+from circuitmill.lm.lens import LensModel
 
 FEATURE_INPUT = "mlp.hook_in"
 """circuit-tracer's name of what features read."""
@@ -67,16 +69,18 @@ def family(model: PreTrainedModel) -> Family:
     return FAMILIES[model_type]
 
 
-def mlps(model: PreTrainedModel) -> list[nn.Module]:
+def mlps(model: PreTrainedModel | LensModel) -> list[nn.Module]:
     """The MLP module of every block, first block first.
 
     Raises:
         ConfigError: an architecture that is not in the table.
     """
+    if isinstance(model, LensModel):
+        return model.mlps
     return [block.get_submodule("mlp") for block in model.get_submodule(family(model).blocks).children()]
 
 
-def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_vocab d_model"]:
+def unembedding(model: PreTrainedModel | LensModel) -> Float[Tensor, "d_vocab d_model"]:
     """The unembedding with the final norm's gain (and centring, for LayerNorm) folded in, in float32.
 
     A vector v added to the last residual stream moves the logits by `unembedding @ v`, up to the norm's
@@ -85,6 +89,8 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_vocab d_model"]:
     Raises:
         ConfigError: an architecture that is not in the table.
     """
+    if isinstance(model, LensModel):
+        return model.unembedding()
     row = family(model)
     gain = model.get_parameter(f"{row.norm}.weight").detach().to(torch.float32)
     head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportAssignmentType]

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from circuitmill.config.model import ModelConfig
 from circuitmill.errors import ConfigError, StoreError, UpstreamError
+from circuitmill.lm.lens import LensModel, load_lens_model, read_lens_config
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _log = logging.getLogger(__name__)
 class LanguageModel:
     """A frozen model ready for inference, with what the stages need to know about it."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | LensModel
     tokenizer: PreTrainedTokenizerFast
     digest: str
     """SHA-256 over config.json and the weight files."""
@@ -46,6 +48,29 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        """The model, for what works with Hugging Face's models only.
+
+        Raises:
+            ConfigError: it is one of TransformerLens's own.
+        """
+        if isinstance(self.model, LensModel):
+            raise ConfigError(
+                "a model of source toyworld, huggingface or folder: only those can be traced",
+                found="model.source transformer_lens",
+                where=f"model.name: {self.name}",
+                fix="leave out stage attribute, or use a model that Hugging Face has",
+            )
+        return self.model
+
+
+_MISSING = {
+    "toyworld": "run stage toyworld",
+    "folder": "give a folder written by save_pretrained",
+    "transformer_lens": "give a folder written by circuitmill.lm.lens.save_lens_model",
+}
 
 
 def model_location(cfg: ModelConfig, toyworld: Path | None) -> str:
@@ -76,7 +101,7 @@ def model_location(cfg: ModelConfig, toyworld: Path | None) -> str:
             "a model folder with config.json",
             found="none",
             where=f"model.name: {folder}",
-            fix="run stage toyworld" if cfg.source == "toyworld" else "give a folder written by save_pretrained",
+            fix=_MISSING[cfg.source],
         )
     return str(folder)
 
@@ -103,6 +128,8 @@ def load_config(cfg: ModelConfig, *, toyworld: Path | None) -> object:
         ConfigError: it cannot be loaded.
     """
     location = model_location(cfg, toyworld)
+    if cfg.source == "transformer_lens":
+        return SimpleNamespace(**read_lens_config(Path(location)))
     try:
         return AutoConfig.from_pretrained(location, **_arguments(cfg))
     except (OSError, ValueError) as error:
@@ -169,6 +196,9 @@ def context_of(config: object) -> int:
 def load_language_model(cfg: ModelConfig, *, toyworld: Path | None, device: torch.device) -> LanguageModel:
     """Load a model for inference: evaluation mode, no gradients, in the precision of the configuration.
 
+    Weights go to the device one by one, in that precision: the host never holds the whole model unless it is
+    the device.
+
     Args:
         toyworld: Output folder of stage toyworld; needed for the embedded model only.
 
@@ -180,27 +210,23 @@ def load_language_model(cfg: ModelConfig, *, toyworld: Path | None, device: torc
     location = model_location(cfg, toyworld)
     tokenizer = load_tokenizer(cfg, toyworld=toyworld)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, use_safetensors=True, **_arguments(cfg))
-    except SafetensorError as error:
-        raise StoreError(
-            "whole safetensors files",
-            found=str(error),
-            where=location,
-            fix="rerun stage toyworld" if cfg.source == "toyworld" else "copy or download the model again",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise _refuse("a model", error, location) from error
-    model = model.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
-    config = model.config.get_text_config()
+    if cfg.source == "transformer_lens":
+        model = load_lens_model(Path(location), dtype=dtype, device=device)
+        config = model.hooked.cfg
+        sizes = (config.n_layers, config.d_model, config.d_vocab)
+    else:
+        model = _load_pretrained(cfg, location, dtype, device)
+        config = model.config.get_text_config()
+        sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    n_layers, d_model, d_vocab = (int(size) for size in sizes)
     language_model = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         digest=_model_digest(cfg, location),
         bos_id=int(tokenizer.bos_token_id),  # pyright: ignore[reportArgumentType]
-        n_layers=int(config.num_hidden_layers),
-        d_model=int(config.hidden_size),
-        d_vocab=int(config.vocab_size),
+        n_layers=n_layers,
+        d_model=d_model,
+        d_vocab=d_vocab,
         context=context_of(config),
         name=cfg.name,
     )
@@ -215,6 +241,26 @@ def load_language_model(cfg: ModelConfig, *, toyworld: Path | None, device: torc
     return language_model
 
 
+def _load_pretrained(cfg: ModelConfig, location: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    arguments = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}, **_arguments(cfg)}
+    try:
+        config = AutoConfig.from_pretrained(location, **_arguments(cfg))
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            # transformers' default attention leaves the soft cap out without a word (Gemma 2)
+            arguments["attn_implementation"] = "eager"
+        model = AutoModelForCausalLM.from_pretrained(location, **arguments)
+    except SafetensorError as error:
+        raise StoreError(
+            "whole safetensors files",
+            found=str(error),
+            where=location,
+            fix="rerun stage toyworld" if cfg.source == "toyworld" else "copy or download the model again",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _refuse("a model", error, location) from error
+    return model.eval().requires_grad_(False)
+
+
 def _model_digest(cfg: ModelConfig, location: str) -> str:
     if cfg.source == "huggingface":
         config_file = cached_file(location, "config.json", revision=cfg.revision)
@@ -226,3 +272,24 @@ def _model_digest(cfg: ModelConfig, location: str) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def require_tokenizer(lm: LanguageModel, digest: str, bos_id: int) -> None:
+    """Refuse tokens that another tokenizer made.
+
+    Args:
+        lm: The model that is to read them.
+        digest: `tokenizer_digest` of the tokenizer that made them.
+        bos_id: Its BOS token.
+
+    Raises:
+        ConfigError: it is not the model's.
+    """
+    found = tokenizer_digest(lm.tokenizer)
+    if (found, lm.bos_id) != (digest, bos_id):
+        raise ConfigError(
+            f"the tokenizer that made the token store ({digest[:12]}, BOS {bos_id})",
+            found=f"{found[:12]}, BOS {lm.bos_id}",
+            where=f"model.name: {lm.name}",
+            fix="tokenize again with this model's tokenizer",
+        )

@@ -77,7 +77,7 @@ def run_unit(
     )
     ids = encode(lm.tokenizer, text, name=prompt, bos_id=lm.bos_id, context=lm.context)
     expected = circuit and summary.expectation(cfg.circuit_of()[prompt][0], circuit, lm.tokenizer)
-    replaced = replacement_model(lm.model, lm.tokenizer, inputs["train"].folder / "model", ids)
+    replaced = replacement_model(lm.pretrained, lm.tokenizer, inputs["train"].folder / "model", ids)
     graph = trace(
         replaced,
         ids,

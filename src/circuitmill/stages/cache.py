@@ -3,9 +3,12 @@
 | written | by | content |
 |---|---|---|
 | shard/<name>/activations.zarr | a shard | codes, scales and provenance (stores/activation_schema.py) |
+| shard/<name>/chunks.json | a shard | place and crc32c of every chunk |
 | shard/<name>/moments.safetensors | a shard | float64 moments of the unquantised activations |
 | shards.json | gather | name, split, tokens and manifest digest of every shard, in order |
 | normalization.safetensors | gather | moments of the train split and the scales that follow from them |
+
+With `mode: stream` there are no shards, and the normalisation is that of stage calibrate's sample.
 """
 
 import json
@@ -17,31 +20,35 @@ from jaxtyping import Int32
 
 from circuitmill import __version__, distributed
 from circuitmill.config.cache import CacheConfig
+from circuitmill.core.codecs import make_codec
 from circuitmill.errors import ConfigError, UpstreamError
 from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.hookpoints import FEATURE_INPUT, FEATURE_OUTPUT
-from circuitmill.lm.load import LanguageModel, load_language_model, tokenizer_digest
+from circuitmill.lm.load import LanguageModel, load_language_model, require_tokenizer
+from circuitmill.lm.targets import MlpTargets
 from circuitmill.logs import progress
-from circuitmill.stores.activation_schema import GROUP, PLACES, chunk_rows
-from circuitmill.stores.activation_writer import Layout, ShardWriter, nmse
+from circuitmill.stores.activation_schema import GROUP, PLACES, Layout, chunk_rows
+from circuitmill.stores.activation_writer import ShardWriter, nmse
 from circuitmill.stores.activations import NORMALIZATION, SHARDS, shard_paths
+from circuitmill.stores.calibration import Calibration
 from circuitmill.stores.files import atomic_write
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest, load_upstreams, plain
 from circuitmill.stores.normalization import load_moments, merge_moments, save_moments
-from circuitmill.stores.quantize import make_codec
 from circuitmill.stores.tokens import SPLITS, TokenStore
 
 
-def run_unit(cfg: CacheConfig, *, shard: str, tokenize: Path, toyworld: Path | None = None, out: Path) -> Manifest:
+def run_unit(
+    cfg: CacheConfig, *, shard: str, tokenize: Path, calibrate: Path, toyworld: Path | None = None, out: Path
+) -> Manifest:
     """Store the activations of one shard.
 
     Raises:
         ConfigError: no such shard, a budget beyond the corpus, or a tokenizer that is not the model's.
         DivergedError: the model's activations are not finite.
-        StoreError: the token store is damaged.
-        UpstreamError: the output of an earlier stage is missing or stale.
+        StoreError: the token store or the calibration is damaged.
+        UpstreamError: the output of an earlier stage is missing or stale, or of another model.
     """
-    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize)
+    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, calibrate=calibrate)
     store = TokenStore.open(upstreams["tokenize"])
     slices = cfg.slices({split: store.n_sequences(split) for split in SPLITS}, store.context)
     if shard not in slices:
@@ -49,12 +56,13 @@ def run_unit(cfg: CacheConfig, *, shard: str, tokenize: Path, toyworld: Path | N
     output = StageOutput("cache", cfg, upstreams, out, unit=shard)
     world = upstreams.get("toyworld")
     lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=distributed.device())
-    _require_same_tokenizer(lm, store)
+    require_tokenizer(lm, store.manifest.counts["tokenizer_digest"], store.bos_id)
+    _require_same_model(lm, upstreams["calibrate"])
     split, start, stop = slices[shard]
     tokens = store.read(split, start, stop)
-    writer = _writer(cfg, output, lm, store, tokens, start)
-    _fill(writer, lm, tokens, cfg.batch_sequences)
-    counts = writer.finish()
+    with _writer(cfg, output, lm, upstreams, store, tokens, start) as writer:
+        _fill(writer, lm, tokens, cfg.batch_sequences)
+        counts = writer.finish()
     size = sum(path.stat().st_size for path in output.path(GROUP).rglob("*") if path.is_file())
     return output.finish(
         {
@@ -69,15 +77,13 @@ def run_unit(cfg: CacheConfig, *, shard: str, tokenize: Path, toyworld: Path | N
     )
 
 
-def _require_same_tokenizer(lm: LanguageModel, store: TokenStore) -> None:
-    counts = store.manifest.counts
-    found = tokenizer_digest(lm.tokenizer)
-    if (found, lm.bos_id) != (counts["tokenizer_digest"], store.bos_id):
-        raise ConfigError(
-            f"the tokenizer that made the token store ({counts['tokenizer_digest'][:12]}, BOS {store.bos_id})",
-            found=f"{found[:12]}, BOS {lm.bos_id}",
-            where=f"cache.model.name: {lm.name}",
-            fix="tokenize again with this model's tokenizer",
+def _require_same_model(lm: LanguageModel, calibrate: Manifest) -> None:
+    if lm.digest != calibrate.counts["model_digest"]:
+        raise UpstreamError(
+            f"a calibration of model {lm.name} ({lm.digest[:12]})",
+            found=f"one of a model with digest {calibrate.counts['model_digest'][:12]}",
+            where=calibrate.folder / NAME,
+            fix="run stage calibrate again with this model",
         )
 
 
@@ -85,32 +91,42 @@ def _writer(
     cfg: CacheConfig,
     output: StageOutput,
     lm: LanguageModel,
+    upstreams: dict[str, Manifest],
     store: TokenStore,
     tokens: Int32[np.ndarray, "sequence pos"],
     first: int,
 ) -> ShardWriter:
     sequence, position = np.nonzero(tokens != lm.bos_id)
     codec = make_codec(cfg.codec, lm.n_layers, lm.d_model, cfg.group_channels)
-    chunk = chunk_rows(codec, len(sequence), cfg.chunk_bytes)
+    calibration = Calibration.load(upstreams["calibrate"])
+    attributes = {
+        "model": lm.name,
+        "model_revision": cfg.model.revision,
+        "model_digest": lm.digest,
+        "dtype": cfg.model.dtype,
+        "hookpoints": {"inputs": FEATURE_INPUT, "outputs": FEATURE_OUTPUT},
+        "targets": cfg.targets,
+        "tokenizer_digest": store.manifest.counts["tokenizer_digest"],
+        "calibration_digest": upstreams["calibrate"].digest,
+        "context": store.context,
+        "bos_id": lm.bos_id,
+        "code_version": __version__,
+    }
+    if cfg.codec == "entropy":
+        attributes["bits"] = cfg.bits
+    if cfg.targets == "recomputed":
+        attributes["mlp_digest"] = MlpTargets.of(lm).digest
     return ShardWriter(
         output,
         codec,
-        Layout(chunk, cfg.chunks_per_file, cfg.calibration_tokens, cfg.compression_level),
-        {"sequence": sequence + first, "position": position, "token_id": tokens[sequence, position]},
-        {
-            "model": lm.name,
-            "model_revision": cfg.model.revision,
-            "model_digest": lm.digest,
-            "dtype": cfg.model.dtype,
-            "hookpoints": {"inputs": FEATURE_INPUT, "outputs": FEATURE_OUTPUT},
-            "tokenizer_digest": store.manifest.counts["tokenizer_digest"],
-            "context": store.context,
-            "bos_id": lm.bos_id,
-            "n_layers": lm.n_layers,
-            "d_model": lm.d_model,
-            "calibration_tokens": cfg.calibration_tokens,
-            "code_version": __version__,
-        },
+        Layout(
+            len(sequence), chunk_rows(codec, len(sequence), cfg.chunk_bytes), cfg.chunks_per_file, cfg.compression_level
+        ),
+        channels={place: calibration.places[place].channels(cfg.bits) for place in PLACES},
+        places=PLACES if cfg.targets == "stored" else ("inputs",),
+        provenance={"sequence": sequence + first, "position": position, "token_id": tokens[sequence, position]},
+        attributes=attributes,
+        seed=first,
     )
 
 
@@ -123,9 +139,9 @@ def _fill(
     """
     keep = tokens != lm.bos_id
     ends = np.cumsum(keep.sum(axis=1))
-    done = writer.rows_done
+    done, n_rows = writer.rows_done, int(ends[-1])
     first = int(np.searchsorted(ends, done, side="right"))
-    with progress("caching", total=writer.n_rows, unit="tokens", done=done) as bar:
+    with progress("caching", total=n_rows, unit="tokens", done=done) as bar:
         for low in range(first // batch_sequences * batch_sequences, len(tokens), batch_sequences):
             rows = slice(low, low + batch_sequences)
             inputs, outputs = capture_mlp(lm, torch.from_numpy(tokens[rows].astype(np.int64)))
@@ -137,15 +153,18 @@ def _fill(
             bar.advance(len(kept))
 
 
-def run(cfg: CacheConfig, *, tokenize: Path, toyworld: Path | None = None, out: Path) -> Manifest:
+def run(cfg: CacheConfig, *, tokenize: Path, calibrate: Path, toyworld: Path | None = None, out: Path) -> Manifest:
     """Gather the shards: check that they belong together and compute the normalisation of the train split.
 
     Raises:
+        ConfigError: streaming with a budget beyond the corpus.
         DivergedError: a layer's activations are all zero.
         StoreError: a shard's moments are damaged.
         UpstreamError: a shard is missing, or was made with another configuration, model or token store.
     """
-    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize)
+    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, calibrate=calibrate)
+    if cfg.mode == "stream":
+        return _streamed(cfg, upstreams, out)
     names = cfg.units()
     units = [load_manifest(path, "cache", name) for name, path in zip(names, shard_paths(out, names), strict=True)]
     output = StageOutput("cache", cfg, upstreams, out, keep=("shard",))
@@ -161,10 +180,11 @@ def run(cfg: CacheConfig, *, tokenize: Path, toyworld: Path | None = None, out: 
     ]
     atomic_write(output.path(SHARDS), json.dumps(listed, indent=1) + "\n")
     train = [unit for unit in units if unit.counts["split"] == "train"]
-    moments = merge_moments(load_moments(unit.file("moments.safetensors")) for unit in train)
+    moments = merge_moments(load_moments(unit.checked_file("moments.safetensors")) for unit in train)
     save_moments(output.path(NORMALIZATION), *moments, scales=True)
     counts = [unit.counts for unit in units]
-    values = 2 * counts[0]["n_layers"] * counts[0]["d_model"] * sum(entry["tokens"] for entry in counts)
+    errors = {place: nmse(counts, place) for place in PLACES if f"{place}_error" in counts[0]}
+    values = len(errors) * counts[0]["n_layers"] * counts[0]["d_model"] * sum(entry["tokens"] for entry in counts)
     size = sum(entry["bytes"] for entry in counts)
     return output.finish(
         {
@@ -175,8 +195,28 @@ def run(cfg: CacheConfig, *, tokenize: Path, toyworld: Path | None = None, out: 
             "codec": cfg.codec,
             "bytes": size,
             "bits_per_value": round(8 * size / values, 3),
-            "nmse": {place: nmse(counts, place) for place in PLACES},
+            "nmse": errors,
         }
+    )
+
+
+def _streamed(cfg: CacheConfig, upstreams: dict[str, Manifest], out: Path) -> Manifest:
+    """No shards: the normalisation of the calibration's sample, and the number of tokens that a run may ask for."""
+    store = TokenStore.open(upstreams["tokenize"])
+    output = StageOutput("cache", cfg, upstreams, out, keep=("shard",))
+    save_moments(
+        output.path(NORMALIZATION),
+        *load_moments(upstreams["calibrate"].checked_file("moments.safetensors")),
+        scales=True,
+    )
+    bos = store.bos_id
+    tokens = {
+        split: int((store.read(split, 0, cfg.n_sequences(split, store.n_sequences(split), store.context)) != bos).sum())
+        for split in SPLITS
+    }
+    counts = upstreams["calibrate"].counts
+    return output.finish(
+        {"tokens": tokens, **{key: counts[key] for key in ("n_layers", "d_model", "model_digest")}, "bytes": 0}
     )
 
 

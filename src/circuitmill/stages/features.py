@@ -5,9 +5,9 @@
 3. Logit weights: what a feature writes to all its targets, summed, and read by the unembedding with the final norm's
    gain folded in and its mean over the vocabulary taken out.
 
-Activations are those of the cache, dequantised; BOS is not among them. Statistics are of the train split. A unit
-(block) writes features.parquet and windows.parquet, the gather index.parquet and blocks.json: stores/features.py has
-their columns, `docs/stages/features.md` their meaning.
+Activations are those of the cache, dequantised, or of the model itself if the cache is streamed; BOS is not among them.
+Statistics are of the train split. A unit (block) writes features.parquet and windows.parquet, the gather index.parquet
+and blocks.json: stores/features.py has their columns, `docs/stages/features.md` their meaning.
 """
 
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from circuitmill import distributed
+from circuitmill.config.cache import CacheConfig
+from circuitmill.config.decode import decode
 from circuitmill.config.features import FeaturesConfig
 from circuitmill.core.block import FeatureBlock
 from circuitmill.core.collect import Collector
@@ -23,6 +25,7 @@ from circuitmill.core.hashing import text_keys
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, UpstreamError
 from circuitmill.lm.hookpoints import unembedding
+from circuitmill.lm.live import LiveActivations
 from circuitmill.lm.load import LanguageModel, load_language_model
 from circuitmill.lm.replacement import check_fits
 from circuitmill.lm.texts import Words
@@ -39,7 +42,7 @@ from circuitmill.stores.feature_writer import (
 )
 from circuitmill.stores.features import BLOCKS, INDEX, block_span
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest, load_upstreams, plain
-from circuitmill.stores.pieces import Pieces
+from circuitmill.stores.pieces import Activations, Pieces
 from circuitmill.stores.tokens import SPLITS, TokenStore, write_parquet
 
 PIECE_NUMBERS = 2**24
@@ -67,8 +70,8 @@ def run_unit(
     upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache, train=train)
     transcoder = load_clt(upstreams["train"].folder / "model").to(distributed.device())
     features = FeatureBlock(transcoder, _span(cfg, block, transcoder))
-    splits = _splits(cfg, upstreams, features)
     lm = _language_model(cfg, upstreams, transcoder)
+    splits = _splits(cfg, upstreams, features, lm)
     output = StageOutput("features", cfg, upstreams, out, unit=block)
 
     words = Words(lm.tokenizer, lm.bos_id)
@@ -108,14 +111,29 @@ def _span(cfg: FeaturesConfig, block: str, transcoder: Transcoder) -> slice:
     return block_span(block, cfg.blocks, transcoder.n_features)
 
 
-def _splits(cfg: FeaturesConfig, upstreams: dict[str, Manifest], features: FeatureBlock) -> list[Pieces]:
+def _splits(
+    cfg: FeaturesConfig, upstreams: dict[str, Manifest], features: FeatureBlock, lm: LanguageModel
+) -> list[Pieces]:
     budgets = {"train": cfg.max_train_tokens, "heldout": cfg.max_heldout_tokens}
-    activations, tokens = ActivationStore.open(upstreams["cache"]), TokenStore.open(upstreams["tokenize"])
+    tokens = TokenStore.open(upstreams["tokenize"])
+    activations = _activations(upstreams["cache"], tokens, lm)
     size = PIECE_NUMBERS // features.n_features
     return [
         Pieces(activations, tokens, split, max_tokens=budgets[split], window=cfg.window, piece_tokens=size)
         for split in SPLITS
     ]
+
+
+def _activations(cache: Manifest, tokens: TokenStore, lm: LanguageModel) -> Activations:
+    """What the cache holds, or, if it is streamed, what it would hold."""
+    cfg = decode(CacheConfig, cache.config, "cache")
+    if cfg.mode == "disk":
+        return ActivationStore.open(cache)
+    sequences = {
+        split: tokens.read(split, 0, cfg.n_sequences(split, tokens.n_sequences(split), tokens.context))
+        for split in SPLITS
+    }
+    return LiveActivations(lm, sequences, bos_id=tokens.bos_id, batch_sequences=cfg.batch_sequences, manifest=cache)
 
 
 def _language_model(cfg: FeaturesConfig, upstreams: dict[str, Manifest], transcoder: Transcoder) -> LanguageModel:

@@ -7,6 +7,7 @@
 | data/ | figures, graphs and features as scripts that register themselves |
 | plots/ | the plots that evaluate drew |
 | summary.json | headline figures, as `circuitmill summary` prints them |
+| study.json | what a difference in a shared stage does; only if variants differ in one |
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from circuitmill.stores.features import FeatureStore
 from circuitmill.stores.graphs import read_graph, read_json, write_json
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams
 from circuitmill.viz import evaluation_view, feature_view, graph_view, pages, run_view, summary
+from circuitmill.viz import study as studies
 from circuitmill.viz.curves import read_metrics
 from circuitmill.viz.site import write_data
 
@@ -40,12 +42,14 @@ def run(
     interpret: Path,
     attribute: Path,
     siblings: tuple[Path, ...] = (),
+    study: tuple[Path, ...] = (),
     out: Path,
 ) -> Manifest:
     """Write the page.
 
     Args:
         siblings: Manifests of stage evaluate of the run's other variants.
+        study: If variants differ in shared stages, of all variants: manifests of those, train, evaluate and attribute.
 
     Raises:
         UpstreamError: an upstream is missing, incomplete or does not fit the others.
@@ -62,9 +66,11 @@ def run(
         attribute=attribute,
     )
     others = [load_manifest(path, "evaluate") for path in siblings]
+    members = studies.read_members(study)
     sources = {f"evaluate of {run_view.variant_name(one)}": one.digest for one in others}
+    sources |= {f"study of {member.name}": member.digest for member in members}
     output = StageOutput("report", cfg, inputs, out, sources=sources)
-    content = _content(inputs, others)
+    content = _content(inputs, others, studies.study_document(members) if members else None)
     pages.write_graphs(output.path, content)
     documents = {document["metadata"]["slug"]: document for document in content.graphs}
     n_pages = _write_features(cfg, inputs, graph_view.occurrences(documents), output)
@@ -72,6 +78,8 @@ def run(
     tiles = pages.tiles(content)
     work = sum(stage.wall_seconds for stage in content.stages)
     write_json(output.path(summary.FILE), summary.summary_document(content.run, content.variant, tiles, work))
+    if content.study is not None:
+        write_json(output.path(summary.STUDY), content.study)
     found, known = pages.concepts_found(content.entries)
     return output.finish(
         {
@@ -84,7 +92,9 @@ def run(
     )
 
 
-def _content(inputs: Mapping[str, Manifest], siblings: Iterable[Manifest]) -> pages.Content:
+def _content(
+    inputs: Mapping[str, Manifest], siblings: Iterable[Manifest], study: dict[str, Any] | None
+) -> pages.Content:
     """Read everything but the features."""
     evaluations = {
         run_view.variant_name(one): evaluation_view.read_evaluation(one.file("evaluation.json"))
@@ -95,7 +105,7 @@ def _content(inputs: Mapping[str, Manifest], siblings: Iterable[Manifest]) -> pa
     graphs = [read_graph(attribute.file(f"graph_data/{one['prompt']}.json")) for one in summaries]
     variant = run_view.variant_name(inputs["train"])
     return pages.Content(
-        run=run_view.run_name(inputs["tokenize"]),
+        run=run_view.run_name(inputs["train"]),
         variant=variant,
         facts=_facts(inputs, evaluations[variant]),
         stages=run_view.stage_facts(inputs),
@@ -105,6 +115,7 @@ def _content(inputs: Mapping[str, Manifest], siblings: Iterable[Manifest]) -> pa
         graphs=graphs,
         entries=[graph_view.graph_entry(*pair) for pair in zip(graphs, summaries, strict=True)],
         plots=[evaluate.file(name) for evaluate in (inputs["evaluate"],) for name in _plots(evaluate)],
+        study=study,
     )
 
 

@@ -15,21 +15,31 @@ of every batch; rank 0 writes.
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from circuitmill import distributed, logs
+from circuitmill.config.cache import CacheConfig
+from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.scaling import Scaling, fold
 from circuitmill.distributed import Ranks
-from circuitmill.stores.activations import ActivationStore
+from circuitmill.errors import UpstreamError
+from circuitmill.lm.stream import ExpectedModel, LiveBlocks
+from circuitmill.lm.targets import mlp_targets
+from circuitmill.stores.activations import NORMALIZATION, ActivationStore
+from circuitmill.stores.batches import BatchSource
 from circuitmill.stores.checkpoints import Checkpoints
 from circuitmill.stores.clt import save_clt
 from circuitmill.stores.files import digest_of
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams, plain
+from circuitmill.stores.normalization import load_normalization
+from circuitmill.stores.tokens import TokenStore
 from circuitmill.training import parallel
-from circuitmill.training.batches import Batches
+from circuitmill.training.batches import Batches, Targets
 from circuitmill.training.interrupt import StopRequest
 from circuitmill.training.loop import train
 from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
@@ -43,8 +53,10 @@ WANDB = "wandb"
 _log = logging.getLogger(__name__)
 
 
-def run(cfg: TrainConfig, *, cache: Path, out: Path) -> Manifest:
+def run(cfg: TrainConfig, *, tokenize: Path, cache: Path, toyworld: Path | None = None, out: Path) -> Manifest:
     """Train, or continue a training, and write the finished transcoder.
+
+    The language model is loaded only if the cache has no targets or no activations at all.
 
     Raises:
         UpstreamError: the cache is missing, incomplete or of another revision.
@@ -54,13 +66,13 @@ def run(cfg: TrainConfig, *, cache: Path, out: Path) -> Manifest:
         InterruptedRun: a signal asked to stop; a checkpoint has been made.
     """
     ranks = distributed.current()
-    inputs = load_upstreams(cache=cache)
+    inputs = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache)
     parallel.batch_slice(cfg.batch_tokens, ranks)
     output = StageOutput("train", cfg, inputs, out, keep=(WANDB,)) if ranks.first else None
     parallel.wait_for_all(ranks)  # until rank 0 has cleared what another configuration left
-    store = ActivationStore.open(inputs["cache"])
-    scaling = Scaling(store.normalization.input_scale, store.normalization.output_scale)
-    state = _train(cfg, store, scaling, out, ranks)
+    normalization = load_normalization(inputs["cache"].checked_file(NORMALIZATION))
+    scaling = Scaling(normalization.input_scale, normalization.output_scale)
+    state = _train(cfg, inputs, scaling, out, ranks)
     if output is not None:
         name = inputs["cache"].config["model"]["name"]
         save_clt(
@@ -74,17 +86,77 @@ def run(cfg: TrainConfig, *, cache: Path, out: Path) -> Manifest:
     return load_manifest(out / "manifest.json", "train")
 
 
-def _train(cfg: TrainConfig, store: ActivationStore, scaling: Scaling, out: Path, ranks: Ranks) -> TrainState:
+@dataclass(frozen=True)
+class _Data:
+    """Where activations come from."""
+
+    source: BatchSource
+    targets: Targets | None
+    """Computes MLP outputs, if the source has inputs alone."""
+    live: LiveBlocks | None
+    """The running model, if nothing is stored; not entered yet."""
+
+
+def _data(cfg: TrainConfig, inputs: dict[str, Manifest], ranks: Ranks) -> _Data:
+    """The train split, from disk or from the model."""
+    cache, world = inputs["cache"], inputs.get("toyworld")
+    cached = decode(CacheConfig, cache.config, "cache")
+    order: dict[str, Any] = {"seed": cfg.seed, "batch_tokens": cfg.batch_tokens, "pool_tokens": cfg.pool_tokens}
+    order["rows"] = parallel.batch_slice(cfg.batch_tokens, ranks)
+    targets = None
+    if cached.targets == "recomputed":
+        targets = mlp_targets(cached.model, toyworld=world.folder if world else None, device=distributed.device())
+    if cached.mode == "stream":
+        live = _live_blocks(cached, inputs)
+        return _Data(BatchSource(live, **order), targets, live)
+    store = ActivationStore.open(cache)
+    if targets is not None:
+        _require_same_mlps(targets.digest, store.shards("train")[0].attributes["mlp_digest"], cached.model.name)
+    return _Data(store.batches(**order), targets, None)
+
+
+def _require_same_mlps(found: str, expected: str, model: str) -> None:
+    if found != expected:
+        raise UpstreamError(
+            f"the MLPs that the cache was made with ({expected[:12]})",
+            found=found[:12],
+            where=f"cache.model.name: {model}",
+            fix="run stage cache again with this model",
+        )
+
+
+def _live_blocks(cached: CacheConfig, inputs: dict[str, Manifest]) -> LiveBlocks:
+    """The train split as far as the cache's budget goes, computed while the transcoder trains."""
+    counts, world = inputs["cache"].counts, inputs.get("toyworld")
+    tokens = TokenStore.open(inputs["tokenize"])
+    model = ExpectedModel(
+        cached.model,
+        world.folder if world else None,
+        str(distributed.device()),
+        n_layers=counts["n_layers"],
+        d_model=counts["d_model"],
+        digest=counts["model_digest"],
+    )
+    return LiveBlocks(
+        model,
+        tokens.read("train", 0, cached.n_sequences("train", tokens.n_sequences("train"), tokens.context)),
+        bos_id=tokens.bos_id,
+        batch_sequences=cached.batch_sequences,
+        outputs=cached.targets == "stored",
+    )
+
+
+def _train(cfg: TrainConfig, inputs: dict[str, Manifest], scaling: Scaling, out: Path, ranks: Ranks) -> TrainState:
     """Run the loop between store, checkpoints and sinks."""
     checkpoints = Checkpoints(out / "checkpoints", keep=cfg.keep_checkpoints)
     with ExitStack() as stack:
-        source = stack.enter_context(
-            store.batches(seed=cfg.seed, batch_tokens=cfg.batch_tokens, pool_tokens=cfg.pool_tokens)
-        )
-        batches = stack.enter_context(
-            Batches(source, scaling, batch_tokens=cfg.batch_tokens, ranks=ranks, device=distributed.device())
-        )
-        state = start(cfg, *batches.whole(0))
+        data = _data(cfg, inputs, ranks)
+        source = stack.enter_context(data.source)
+        batches = stack.enter_context(Batches(source, scaling, device=distributed.device(), targets=data.targets))
+        if data.live is not None:
+            # last in, first out: otherwise leaving waits until a whole pool is computed
+            stack.enter_context(data.live)
+        state = start(cfg, *(parallel.gather_rows(side, ranks) for side in batches.get(0)))
         found = checkpoints.last()
         if found is not None:
             _log.info("continuing after step %d of %d", found.step, cfg.steps)

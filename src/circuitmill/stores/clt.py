@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from jaxtyping import Float
+from torch import Tensor
 
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import StoreError
@@ -104,6 +106,25 @@ def load_clt(folder: Path) -> Transcoder:
         check_floating(tensors, path)
         transcoder.W_dec[layer].copy_(tensors[f"W_dec_{layer}"])
     return transcoder.requires_grad_(False)
+
+
+def read_decoder(folder: Path, layer: int) -> Float[Tensor, "feature target d_model"]:
+    """What the features of one layer write, without reading the rest of the transcoder.
+
+    Raises:
+        StoreError: the file is missing, damaged, or holds something else.
+    """
+    path, name = folder / f"W_dec_{layer}.safetensors", f"W_dec_{layer}"
+    tensors = read_tensors(path)
+    check_floating(tensors, path)
+    if set(tensors) != {name} or tensors[name].ndim != 3:
+        raise StoreError(
+            f"expected one tensor {name} [feature target d_model]",
+            found=str({key: tuple(tensor.shape) for key, tensor in tensors.items()}),
+            where=path,
+            fix="rerun the stage train",
+        )
+    return tensors[name]
 
 
 def _count_layers(folder: Path) -> int:

@@ -12,7 +12,10 @@
 | counts | shapes, counts and headline figures |
 | files | path below the folder -> bytes, sha256 |
 | digest | SHA-256 of the canonical JSON of all of the above |
-| code_version, wall_seconds, peak_memory_bytes | how it was made; not part of the digest |
+| code_version | of the package that wrote it; not part of the digest |
+
+Time and memory differ from one run of the same work to the next, so they stand in `timing.json` beside it: a folder
+that is made again from the same things gets the same manifest, byte for byte, and nothing that reads it reruns.
 """
 
 import dataclasses
@@ -24,6 +27,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from circuitmill import __version__
 from circuitmill.errors import StoreError, UpstreamError
@@ -33,6 +37,7 @@ from circuitmill.stores.ledger import Ledger
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+TIMING = "timing.json"
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +56,14 @@ class Manifest:
     folder: Path
     sources: dict[str, str] = field(default_factory=dict)
     code_version: str = __version__
-    wall_seconds: float = 0.0
-    peak_memory_bytes: int = 0
     format_version: int = FORMAT_VERSION
+    wall_seconds: float = 0.0
+    """From timing.json, as the next; 0 without that file."""
+    peak_memory_bytes: int = 0
 
     _IDENTITY = ("format_version", "stage", "unit", "revision", "config", "inputs", "sources", "counts", "files")
-    _HISTORY = ("code_version", "wall_seconds", "peak_memory_bytes")
+    _HISTORY = ("code_version",)
+    _TIMING = ("wall_seconds", "peak_memory_bytes")
 
     @property
     def digest(self) -> str:
@@ -78,10 +85,32 @@ class Manifest:
             )
         return self.folder / relative
 
+    def checked_file(self, relative: str) -> Path:
+        """Path of a small data file whose bytes have just been compared with their checksum.
+
+        Raises:
+            StoreError: the manifest lists no such file, or it is missing or damaged.
+        """
+        path = self.file(relative)
+        found = sha256_file(path) if path.is_file() else "no such file"
+        if found != self.files[relative]["sha256"]:
+            unit = f" of {self.unit}" if self.unit else ""
+            raise StoreError(
+                f"sha256 {self.files[relative]['sha256']}",
+                found=found,
+                where=path,
+                fix=f"delete {self.folder / NAME} and run stage {self.stage}{unit} again",
+            )
+        return path
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         body = {key: getattr(self, key) for key in self._IDENTITY + self._HISTORY}
         return json.dumps({**body, "digest": self.digest}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def timing_json(self) -> str:
+        """The text of timing.json."""
+        return json.dumps({key: getattr(self, key) for key in self._TIMING}) + "\n"
 
     def verify(self) -> None:
         """Read every data file and compare its checksum.
@@ -107,11 +136,66 @@ def _refuse(expected: str, found: object, path: Path, stage: str) -> UpstreamErr
     )
 
 
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} in a manifest")
+
+
+def read_manifest(path: Path, name: str = "that wrote it") -> tuple[Manifest, str | None]:
+    """Read a manifest as it stands; whether it is the expected one, unedited and true is for the caller to check.
+
+    Args:
+        name: The stage to name in an error.
+
+    Returns:
+        The manifest without what timing.json says, and the digest written in it.
+
+    Raises:
+        UpstreamError: missing, unreadable or of another format version.
+    """
+    if not path.is_file():
+        raise _refuse(f"the manifest of stage {name}", "no such file", path, name)
+    try:
+        raw = json.loads(path.read_text(), parse_constant=_no_constant)
+        version = raw["format_version"]
+        if version != FORMAT_VERSION:
+            raise _refuse(f"manifest format version {FORMAT_VERSION}", f"version {version}", path, name)
+        known = {key: raw[key] for key in Manifest._IDENTITY + Manifest._HISTORY}
+        # earlier versions wrote the times into the manifest itself
+        times = {key: raw[key] for key in Manifest._TIMING if key in raw}
+        manifest = Manifest(folder=path.parent, **known, **times)
+        if not all({"bytes", "sha256"} <= entry.keys() for entry in manifest.files.values()):
+            raise KeyError("bytes and sha256 of a file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refuse("a complete manifest", f"{type(error).__name__}: {error}", path, name) from error
+    return manifest, raw.get("digest")
+
+
+def read_timing(folder: Path) -> dict[str, Any]:
+    """Time and memory that a stage took, from `timing.json`; empty if there is none.
+
+    Raises:
+        UpstreamError: the file is there but unreadable.
+    """
+    path = folder / TIMING
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(), parse_constant=_no_constant)
+        return {"wall_seconds": float(raw["wall_seconds"]), "peak_memory_bytes": int(raw["peak_memory_bytes"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UpstreamError(
+            "wall_seconds and peak_memory_bytes, two numbers",
+            found=f"{type(error).__name__}: {error}",
+            where=path,
+            fix=f"delete {path}: nothing but these figures is lost",
+        ) from error
+
+
 def load_manifest(path: Path, stage: str | None = None, unit: str | None = None) -> Manifest:
     """Read a manifest and check that what it describes is there.
 
-    Sizes of all files are compared; contents are checked where they are read (every format carries checksums) and by
-    `Manifest.verify`.
+    Sizes of all files are compared; contents are checked where they are read (every format carries checksums), by
+    `Manifest.verify`, and for a whole run by `circuitmill verify` (stores/verify.py).
 
     Args:
         stage: The stage that must have written it; None takes any.
@@ -123,26 +207,16 @@ def load_manifest(path: Path, stage: str | None = None, unit: str | None = None)
     """
     path = Path(path)
     name = stage or "that wrote it"
-    if not path.is_file():
-        raise _refuse(f"the manifest of stage {name}", "no such file", path, name)
-    try:
-        raw = json.loads(path.read_text())
-        version = raw["format_version"]
-        if version != FORMAT_VERSION:
-            raise _refuse(f"manifest format version {FORMAT_VERSION}", f"version {version}", path, name)
-        keys = Manifest._IDENTITY + Manifest._HISTORY
-        manifest = Manifest(folder=path.parent, **{key: raw[key] for key in keys})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise _refuse("a complete manifest", f"{type(error).__name__}: {error}", path, name) from error
+    manifest, recorded = read_manifest(path, name)
     if stage is not None and (manifest.stage, manifest.unit) != (stage, unit):
         found = f"stage {manifest.stage}" + (f", unit {manifest.unit}" if manifest.unit else "")
         raise _refuse(f"the manifest of stage {stage}" + (f", unit {unit}" if unit else ""), found, path, name)
-    wanted = stage_row(manifest.stage).revision
+    wanted = current_revision(manifest)
     if manifest.revision != wanted:
         raise _refuse(
             f"revision {wanted} of stage {manifest.stage}", f"revision {manifest.revision}", path, manifest.stage
         )
-    if manifest.digest != raw.get("digest"):
+    if manifest.digest != recorded:
         raise _refuse("a manifest that matches its own digest", "an edited one", path, manifest.stage)
     for relative, entry in manifest.files.items():
         file = manifest.folder / relative
@@ -150,7 +224,21 @@ def load_manifest(path: Path, stage: str | None = None, unit: str | None = None)
         if size != entry["bytes"]:
             found = "no such file" if size is None else f"{size} bytes"
             raise _refuse(f"{entry['bytes']} bytes", found, file, manifest.stage)
-    return manifest
+    return dataclasses.replace(manifest, **read_timing(manifest.folder))
+
+
+def current_revision(manifest: Manifest) -> int:
+    """The revision that this version of the package gives the results of the manifest's stage.
+
+    Raises:
+        UpstreamError: there is no such stage.
+    """
+    try:
+        return stage_row(manifest.stage).revision
+    except KeyError as error:
+        raise _refuse(
+            "a stage of this version", f"stage {manifest.stage}", manifest.folder / NAME, manifest.stage
+        ) from error
 
 
 def load_upstreams(**paths: Path | None) -> dict[str, Manifest]:
@@ -234,13 +322,13 @@ class StageOutput:
         return path
 
     def _data_files(self) -> Iterable[Path]:
-        skip = {NAME, Ledger.FILE, *self._keep}
+        skip = {NAME, TIMING, Ledger.FILE, *self._keep}
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and path.relative_to(self.folder).parts[0] not in skip:
                 yield path
 
     def finish(self, counts: dict) -> Manifest:
-        """Checksum every file and write the manifest: the stage's last act.
+        """Checksum every file, note what it took and write the manifest: the stage's last act.
 
         The ledger goes: doing finished work again means doing it anew, not vouching for whatever lies there by then.
 
@@ -259,6 +347,7 @@ class StageOutput:
             wall_seconds=round(time.monotonic() - self._start, 3),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+        atomic_write(self.folder / TIMING, manifest.timing_json())
         atomic_write(self.folder / NAME, manifest.to_json())
         self.ledger.delete()
         return manifest

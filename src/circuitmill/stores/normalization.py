@@ -12,7 +12,7 @@ and the latter also `input_scale` and `output_scale` [layer], the factors s with
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from circuitmill.core.codecs import Channels
 from circuitmill.errors import DivergedError, StoreError
 from circuitmill.stores.files import atomic_write
 
@@ -51,8 +52,53 @@ class Moments:
         return Moments(count, mean, m2)
 
 
+class MomentSums:
+    """Moments of activations that arrive block by block, from the standardised form that codecs make anyway.
+
+    With u = (x - center) / scale: sums of u and u^2, in float32 within a block and in float64 over blocks. As u is
+    about normal, nothing is lost by subtraction at the end.
+
+    Args:
+        channels: The constants that u was made with.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        self._channels, self._count = channels, 0
+        self._first = torch.zeros(channels.center.shape, dtype=torch.float64)
+        self._second = torch.zeros_like(self._first)
+
+    def add(self, u: Float[Tensor, "token layer d_model"]) -> None:
+        """Count in one block, of at most a few thousand tokens."""
+        self._count += len(u)
+        self._first += u.sum(dim=0).double().cpu()
+        self._second += u.square().sum(dim=0).double().cpu()
+
+    def moments(self, what: str) -> Moments:
+        """Moments of x.
+
+        Args:
+            what: "input" or "output", for the message.
+
+        Raises:
+            DivergedError: an activation is not finite.
+        """
+        finite = torch.isfinite(self._second).all(dim=1)
+        if not bool(finite.all()):
+            layers = [index for index, good in enumerate(finite.tolist()) if not good]
+            raise DivergedError(
+                f"finite MLP {what}s",
+                found="NaN or infinity",
+                where=f"layer {', '.join(map(str, layers))} of the model",
+                fix="run the model in float32 (model.dtype) or check its weights",
+            )
+        center, scale = self._channels.center.double().cpu(), self._channels.scale.double().cpu()
+        shift = self._first / self._count
+        m2 = scale.square() * (self._second - self._count * shift.square()).clamp(min=0)
+        return Moments(self._count, center + scale * shift, m2)
+
+
 def moments_of(x: Float[Tensor, "token layer d_model"], what: str) -> Moments:
-    """Moments of some activations: in float32 within blocks of tokens, merged in float64.
+    """Moments of some activations, of which nothing is known: in float32 within blocks of tokens, merged in float64.
 
     Args:
         what: "input" or "output", for the message.
@@ -60,25 +106,16 @@ def moments_of(x: Float[Tensor, "token layer d_model"], what: str) -> Moments:
     Raises:
         DivergedError: an activation is not finite.
     """
+    neutral = Channels.neutral(*x.shape[1:]).to(x.device)
     rows = max(1, _BLOCK_VALUES // x[0].numel())
-    first, *rest = (_block_moments(block.to(torch.float32)) for block in x.split(rows))
-    moments = reduce(Moments.merged, rest, first)
-    finite = torch.isfinite(moments.m2).all(dim=1)
-    if not bool(finite.all()):
-        layers = [index for index, good in enumerate(finite.tolist()) if not good]
-        raise DivergedError(
-            f"finite MLP {what}s",
-            found="NaN or infinity",
-            where=f"layer {', '.join(map(str, layers))} of the model",
-            fix="run the model in float32 (model.dtype) or check its weights",
-        )
-    return moments
-
-
-def _block_moments(x: Float[Tensor, "token layer d_model"]) -> Moments:
-    mean = x.mean(dim=0)
-    m2 = (x - mean).square_().sum(dim=0)
-    return Moments(len(x), mean.double().cpu(), m2.double().cpu())
+    parts = []
+    for block in x.split(rows):
+        # about the block's own mean, so that a large mean costs no precision
+        own = replace(neutral, center=block.to(torch.float32).mean(dim=0))
+        sums = MomentSums(own)
+        sums.add(block.to(torch.float32) - own.center)
+        parts.append(sums.moments(what))
+    return reduce(Moments.merged, parts)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cached activations in pieces of whole sequences, with the texts they were made from.
+"""Activations in pieces of whole sequences, with the texts they were made from.
 
 Windows are fixed stretches of `window` positions of a sequence, the last one shorter if the context is no multiple;
 window w of sequence s has the number s * windows_per_sequence + w.
@@ -6,14 +6,68 @@ window w of sequence s has the number s * windows_per_sequence + w.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitmill.errors import ConfigError, StoreError
-from circuitmill.stores.activations import ActivationRows, ActivationStore
 from circuitmill.stores.tokens import TokenStore
+
+
+@runtime_checkable
+class TokenRows(Protocol):
+    """MLP inputs of consecutive tokens, with where each token stands."""
+
+    @property
+    def inputs(self) -> Float[Tensor, "token layer d_model"]:
+        """What features read."""
+        ...
+
+    @property
+    def sequence(self) -> Int[np.ndarray, " token"]:
+        """Number of the sequence in the split."""
+        ...
+
+    @property
+    def position(self) -> Int[np.ndarray, " token"]:
+        """Position in the sequence."""
+        ...
+
+    @property
+    def token_id(self) -> Int[np.ndarray, " token"]:
+        """The token itself."""
+        ...
+
+
+@runtime_checkable
+class Located(Protocol):
+    """Something in a folder."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        ...
+
+
+@runtime_checkable
+class Activations(Protocol):
+    """Activations by split in corpus order, BOS excluded: of an activation store, or of a model that runs."""
+
+    @property
+    def manifest(self) -> Located:
+        """Of stage cache."""
+        ...
+
+    def n_tokens(self, split: str) -> int:
+        """Tokens of a split."""
+        ...
+
+    def read(self, split: str, start: int, stop: int, *, outputs: bool = True) -> TokenRows:
+        """Activations of tokens [start, stop) of a split."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,8 +91,8 @@ class Pieces:
     """One split of a cache, cut into pieces; iterating again gives the same pieces.
 
     Args:
-        activations: The cache.
-        tokens: The store it was made from.
+        activations: Of the cache.
+        tokens: The store they were made from.
         split: "train" or "heldout".
         max_tokens: At most so many tokens, in whole sequences from the start; None takes all.
         window: Positions in a window.
@@ -47,7 +101,7 @@ class Pieces:
 
     def __init__(
         self,
-        activations: ActivationStore,
+        activations: Activations,
         tokens: TokenStore,
         split: str,
         *,
@@ -92,7 +146,7 @@ class Pieces:
             yield self._piece(rows, kept)
             start += kept
 
-    def _piece(self, rows: ActivationRows, kept: int) -> Piece:
+    def _piece(self, rows: TokenRows, kept: int) -> Piece:
         sequence, position, token_id = (
             column[:kept].astype(np.int64) for column in (rows.sequence, rows.position, rows.token_id)
         )

@@ -25,6 +25,7 @@ from circuitmill.errors import ConfigError, DivergedError
 from circuitmill.logs import progress
 from circuitmill.stores.files import atomic_write
 from circuitmill.stores.manifest import StageOutput
+from circuitmill.toyworld.muon import Muon
 from circuitmill.toyworld.transformer import is_key_or_query
 
 _LOG_TOKENS = 51_200
@@ -86,7 +87,7 @@ class Pretraining:
             {"params": key_query, "lr": cfg.lr_attention * key_query_scale},
         ]
         self._optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(groups, lr=cfg.lr_mlp, weight_decay=cfg.weight_decay, momentum=_MOMENTUM),
+            "muon": Muon(groups, lr=cfg.lr_mlp, weight_decay=cfg.weight_decay, momentum=_MOMENTUM),
             "adamw": torch.optim.AdamW(rest, lr=cfg.lr_rest, betas=_BETAS, weight_decay=0.0, fused=True),
         }
         for group in self._groups():

@@ -1,5 +1,6 @@
-"""Batches for one rank: its slice of every global batch, normalised and on the device, read one step ahead."""
+"""Batches for one rank: its slice of every global batch, restored and normalised on the device, read one step ahead."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -8,36 +9,44 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitmill.core.codecs import StoredBatch
 from circuitmill.core.scaling import Scaling
-from circuitmill.distributed import Ranks
-from circuitmill.training.parallel import batch_slice
+from circuitmill.errors import ShapeError
 
 Pair = tuple[Float[Tensor, "token layer d_model"], Float[Tensor, "token layer d_model"]]
+Targets = Callable[[Float[Tensor, "token layer d_model"]], Float[Tensor, "token layer d_model"]]
+"""From MLP inputs to MLP outputs."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where activations come from: a store of a cache, or memory."""
+    """Where activations come from: a store of a cache, a running model, or memory."""
 
-    def batch(self, index: int) -> Pair:
-        """MLP inputs and outputs of the tokens of global batch `index`; always the same for the same index."""
+    def batch(self, index: int) -> StoredBatch:
+        """This rank's tokens of global batch `index`; always the same for the same index."""
         ...
 
 
 class Batches:
     """Addressed by step; the next step's batch is read while this one is worked on.
 
-    One background thread reads, and no other touches the source. Use as a context manager, which ends the thread.
+    One background thread reads, and no other touches the source. What travels to the device are stored numbers;
+    they are restored there. Use as a context manager, which ends the thread.
+
+    Args:
+        source: Of this rank's rows.
+        scaling: To normalised units.
+        device: Where the trainer works.
+        targets: Computes MLP outputs, for a source that has inputs alone.
     """
 
     def __init__(
-        self, source: Source, scaling: Scaling, *, batch_tokens: int, ranks: Ranks, device: torch.device
+        self, source: Source, scaling: Scaling, *, device: torch.device, targets: Targets | None = None
     ) -> None:
-        self._source, self._device = source, device
+        self._source, self._device, self._targets = source, device, targets
         self._scaling = scaling.to(device)
-        self._rows = batch_slice(batch_tokens, ranks)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[Pair]] | None = None
+        self._next: tuple[int, Future[StoredBatch]] | None = None
 
     def __enter__(self) -> "Batches":
         return self
@@ -47,18 +56,32 @@ class Batches:
     ) -> None:
         self._reader.shutdown(cancel_futures=True)
 
-    def whole(self, index: int) -> Pair:
-        """A normalised batch with the tokens of all ranks, read now."""
-        return self._normalise(self._reader.submit(self._source.batch, index).result())
-
     def get(self, index: int) -> Pair:
         """This rank's part of a normalised batch; starts reading the one after it."""
         if self._next is None or self._next[0] != index:
-            self._next = (index, self._reader.submit(self._source.batch, index))
-        x, y = self._next[1].result()
-        self._next = (index + 1, self._reader.submit(self._source.batch, index + 1))
-        return self._normalise((x[self._rows], y[self._rows]))
+            self._next = (index, self._read(index))
+        batch = self._next[1].result()
+        self._next = (index + 1, self._read(index + 1))
+        return self._restored(batch)
 
-    def _normalise(self, pair: Pair) -> Pair:
-        x, y = (side.to(self._device, non_blocking=True) for side in pair)
+    def _read(self, index: int) -> Future[StoredBatch]:
+        return self._reader.submit(self._fetch, index)
+
+    def _fetch(self, index: int) -> StoredBatch:
+        batch = self._source.batch(index)
+        return batch.pinned() if self._device.type == "cuda" else batch
+
+    def _restored(self, batch: StoredBatch) -> Pair:
+        x = batch.inputs.to(self._device).decode()
+        if batch.outputs is not None:
+            y = batch.outputs.to(self._device).decode()
+        elif self._targets is not None:
+            y = self._targets(x)
+        else:
+            raise ShapeError(
+                "MLP outputs in the batch, or a function that computes them",
+                found="neither",
+                where="train",
+                fix="pass the model's MLPs for a cache with targets=recomputed",
+            )
         return self._scaling.inputs(x), self._scaling.outputs(y)

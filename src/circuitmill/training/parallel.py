@@ -62,6 +62,16 @@ def average(values: Shaped[Tensor, "..."], ranks: Ranks) -> Shaped[Tensor, "..."
 
 
 @torch.no_grad()
+def gather_rows(rows: Shaped[Tensor, "token ..."], ranks: Ranks) -> Shaped[Tensor, "all_tokens ..."]:
+    """The rows of all ranks, first rank first; every rank must have as many."""
+    if ranks.size == 1:
+        return rows
+    whole = rows.new_empty((ranks.size * len(rows), *rows.shape[1:]))
+    dist.all_gather(list(whole.chunk(ranks.size)), rows.contiguous())
+    return whole
+
+
+@torch.no_grad()
 def any_rank(flags: Bool[Tensor, "..."], ranks: Ranks) -> Bool[Tensor, "..."]:
     """True where it is true on any rank."""
     if ranks.size == 1:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from circuitmill import __version__
-from circuitmill.viz import curves, evaluation_view, graph_view
+from circuitmill.viz import curves, evaluation_view, graph_view, study_view
 from circuitmill.viz.evaluation_view import Evaluation
 from circuitmill.viz.formatting import count, number, percent
 from circuitmill.viz.run_view import StageFacts, config_text
@@ -42,6 +42,8 @@ class Content:
     entries: Sequence[dict]
     """Their rows in the list, in the same order."""
     plots: Sequence[Path]
+    study: Mapping[str, Any] | None = None
+    """Comparison of variants that differ in a shared stage."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -129,6 +131,7 @@ def write_overview(path_of: PathOf, content: Content, *, chunk_features: int, pa
         "evaluation": evaluation_view.evaluation_tables(evaluation, content.task_descriptions),
         "plots": [{"file": plot.name, "title": plot.stem.replace("_", " ")} for plot in content.plots],
         "variants": rows,
+        "study": None if content.study is None else study_view.section(content.study),
         "stages": [{**vars(stage), "config": config_text(stage.config)} for stage in content.stages],
         "pages": count(pages),
         "total": count(evaluation.n_features * evaluation.n_layers),

@@ -54,13 +54,13 @@ def stage_facts(manifests: Mapping[str, Manifest]) -> list[StageFacts]:
     return facts
 
 
-def run_name(shared: Manifest) -> str:
-    """Name of the run: a stage that variants share lies in `results/<run>/<stage>`."""
-    return shared.folder.resolve().parent.name
+def run_name(manifest: Manifest) -> str:
+    """Name of the run: a stage that every variant has for itself lies in `results/<run>/<variant>/<stage>`."""
+    return manifest.folder.resolve().parents[1].name
 
 
 def variant_name(manifest: Manifest) -> str:
-    """Name of the variant: its stages lie in `results/<run>/<variant>/<stage>`."""
+    """Name of the variant, of a stage that every variant has for itself: `results/<run>/<variant>/<stage>`."""
     return manifest.folder.resolve().parent.name
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from circuitmill.stores.graphs import read_json
 from circuitmill.stores.manifest import load_manifest
+from circuitmill.viz import study_view
 from circuitmill.viz.formatting import Real, duration
 
 FILE = "summary.json"
+STUDY = "study.json"
 
 
 def summary_document(run: str, variant: str, tiles: Sequence[dict], work_seconds: Real) -> dict:
@@ -40,3 +42,13 @@ def headline(report_manifest_path: Path, elapsed_seconds: Real | None = None) ->
         lines.append(f"  {'Wall time':<{width}}  {duration(elapsed_seconds)}")
     lines.append(f"  {'Page':<{width}}  {manifest.file('index.html').resolve()}")
     return "\n".join(lines)
+
+
+def study(report_manifest_path: Path) -> str | None:
+    """The table that compares variants which differ in a shared stage; None if the run has no such variants.
+
+    Raises:
+        UpstreamError: no finished report there.
+    """
+    manifest = load_manifest(report_manifest_path, "report")
+    return study_view.text(read_json(manifest.file(STUDY))) if STUDY in manifest.files else None

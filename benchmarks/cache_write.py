@@ -5,8 +5,8 @@
 
 With --run the model is the run's own, with --gpt2 one of GPT-2's shape with random weights. "forward" runs the model
 and its hooks over all tokens and throws the activations away; "cached" hands them to a shard's writer (moments,
-encoding, shuffling, checksums, fsync). Rounds alternate, the ratio is of the medians. `added_wall` is what a user waits longer;
-`added_cpu` what the writer costs in processor time, which another core may bear.
+encoding, shuffling, checksums, fsync). Rounds alternate, the ratio is of the medians. `added_wall` is what a user waits
+longer; `added_cpu` what the writer costs in processor time, which another core may bear.
 """
 
 import argparse

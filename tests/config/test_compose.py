@@ -128,4 +128,4 @@ def test_codec_study_trains_every_seed_on_every_codec():
     for name in run.variants:
         assert name == f"{run.config('cache', name).codec}-{run.config('train', name).seed}"
     assert run.divided() == ("cache",) and len(run.stages["cache"]) == 5
-    assert len(run.config("attribute", run.variants[0]).units()) == 8
+    assert len(run.config("attribute", run.variants[0]).units()) == 5

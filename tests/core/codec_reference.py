@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CANDIDATES = {16: 2, 4: 5}
+"""Scales tried with so many levels, each a step of the grid below the one before."""
 CLOSE = 1e-3
 """How near to the edge between two codes counts as a tie, in steps."""
 
@@ -67,7 +69,7 @@ def _level_code(value: float, scale: float, levels: int) -> int:
 def _levels(u: np.ndarray, levels: int) -> tuple[list[int], int, list[bool], bool]:
     widest, sure = scale_code(max(abs(u)), levels / 2)
     tried = []
-    for clipped in range(5):
+    for clipped in range(CANDIDATES[levels]):
         code = max(widest - clipped, 0)
         scale = scale_of(code)
         codes = [_level_code(value, scale, levels) for value in u]

@@ -18,6 +18,7 @@ from tests.stores.small_store import (
     write_shards,
 )
 
+from circuitmill.core.codecs import make_codec
 from circuitmill.errors import StoreError
 from circuitmill.stores.activation_schema import GROUP, Layout, chunk_rows
 from circuitmill.stores.activations import ActivationStore
@@ -80,6 +81,8 @@ def test_outputs_can_be_left_out(store: ActivationStore, monkeypatch: pytest.Mon
     rows = store.read("train", 40, 90, outputs=False)
     assert rows.outputs is None and torch.equal(rows.inputs, whole.inputs)
     assert set(asked) == {("inputs",)}
+    # the file in memory now has no outputs, and is read again for them
+    assert torch.equal(store.read("train", 70, 80).outputs, whole.outputs[30:40])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 5), (0, 502), (5, 5), (6, 5), (501, 502)])
@@ -184,15 +187,14 @@ def test_another_schema_version_is_refused(tmp_path: Path, monkeypatch: pytest.M
         reopen(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("codec", "n_rows", "chunk_bytes", "rows"),
-    [("int8", 10_000, 1, 1), ("int8", 10_000, 1000, 16), ("int4", 10_000, 1000, 32), ("float32", 10_000, 1000, 4),
-     ("int2", 10_000, 1024, 64), ("int8", 11, 10**6, 11)],
-)  # fmt: skip
-def test_a_chunk_is_the_least_power_of_two_of_tokens(codec: str, n_rows: int, chunk_bytes: int, rows: int) -> None:
-    from circuitmill.core.codecs import make_codec
-
-    assert chunk_rows(make_codec(codec, 2, 32, 16), n_rows, chunk_bytes) == rows
+@pytest.mark.parametrize("n_rows", [1, 11, 640, 9_999, 10_000, 65_537])
+@pytest.mark.parametrize(("codec", "row_bytes"), [("int8", 64), ("int4", 32), ("int2", 16), ("float32", 256)])
+def test_chunks_have_the_least_size_and_waste_no_more_than_a_row_each(codec: str, row_bytes: int, n_rows: int) -> None:
+    chunk = chunk_rows(make_codec(codec, 2, 32, 16), n_rows, chunk_bytes=10_000)
+    n_chunks = -(-n_rows // chunk)
+    assert chunk * row_bytes >= 10_000 or n_chunks == 1
+    assert n_chunks == max(1, n_rows // -(-10_000 // row_bytes))
+    assert chunk * n_chunks - n_rows < n_chunks
 
 
 def test_files_are_spans_of_the_corpus_in_an_order_of_their_own() -> None:

@@ -49,7 +49,7 @@ class TrainConfig:
     batch_tokens: int
     """Tokens per step, over all ranks."""
     pool_tokens: int
-    """Tokens that are shuffled together."""
+    """Tokens that are shuffled together; two such pools are in memory, over all ranks."""
     bandwidth: float
     """Width of the kernel for the derivative by the threshold, in units of the pre-activation."""
     threshold_derivative: Literal["chain", "direct"]

@@ -29,7 +29,7 @@ on all. `shifts` is 0 but for groups beyond 127 steps.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -53,7 +53,7 @@ _BLOCK_VALUES = 2**18
 Stored = dict[str, Shaped[Tensor, "token layer ..."]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Channels:
     """Constants of one place (inputs or outputs) of a model."""
 
@@ -72,7 +72,13 @@ class Channels:
 
     def to(self, device: torch.device) -> "Channels":
         """The same on another device."""
-        return Channels(self.center.to(device), self.scale.to(device), self.step.to(device))
+        return _on_device(self, device)
+
+
+@lru_cache(maxsize=16)
+def _on_device(channels: Channels, device: torch.device) -> Channels:
+    """Copied once, not with every batch."""
+    return Channels(channels.center.to(device), channels.scale.to(device), channels.step.to(device))
 
 
 @dataclass(frozen=True)

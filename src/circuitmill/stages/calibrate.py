@@ -15,6 +15,7 @@ from torch import Tensor
 
 from circuitmill import distributed
 from circuitmill.config.calibrate import CalibrateConfig
+from circuitmill.errors import ConfigError
 from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.load import LanguageModel, load_language_model, require_tokenizer
 from circuitmill.logs import progress
@@ -32,7 +33,7 @@ def run(cfg: CalibrateConfig, *, tokenize: Path, toyworld: Path | None = None, o
     """Measure the activations of a sample of the train split.
 
     Raises:
-        ConfigError: the tokenizer is not the model's.
+        ConfigError: the tokenizer is not the model's, or the sample holds no token but BOS.
         DivergedError: the model's activations are not finite.
         StoreError: the token store is damaged.
         UpstreamError: the output of an earlier stage is missing or stale.
@@ -78,11 +79,20 @@ def _measure(
         for low in range(0, len(tokens), cfg.batch_sequences):
             batch = torch.from_numpy(tokens[low : low + cfg.batch_sequences].astype(np.int64))
             mask = (batch != lm.bos_id).to(lm.device)
+            bar.advance(batch.numel())
+            if not bool(mask.any()):
+                continue
             x, y = (values[mask] for values in capture_mlp(lm, batch))
             parts.append((moments_of(x, "input"), moments_of(y, "output")))
             if room > 0:
                 kept.append((x[:room].float().cpu(), y[:room].float().cpu()))
                 room -= len(kept[-1][0])
-            bar.advance(batch.numel())
+    if not kept:
+        raise ConfigError(
+            "sequences with tokens other than BOS",
+            found=f"{len(tokens)} of BOS alone",
+            where="calibrate.tokens",
+            fix="raise it, or tokenize more text",
+        )
     inputs, outputs = zip(*kept, strict=True)
     return merge_moments(parts), (torch.cat(inputs), torch.cat(outputs))

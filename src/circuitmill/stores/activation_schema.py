@@ -121,13 +121,13 @@ def array_specs(codec: Codec, layout: Layout, places: tuple[str, ...]) -> list[A
 
 
 def chunk_rows(codec: Codec, n_rows: int, chunk_bytes: int) -> int:
-    """Tokens in a chunk: the least power of two that makes `chunk_bytes` of codes, or all there are if fewer."""
+    """Tokens in a chunk: as few as make `chunk_bytes` of codes while all chunks are about equally long.
+
+    Zarr fills the last chunk up, so a remainder would cost a whole chunk. All there are if they make less.
+    """
     dtype, shape = codec.arrays()[codec.main_array()]
-    one = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    rows = 1
-    while rows * one < chunk_bytes:
-        rows *= 2
-    return min(rows, n_rows)
+    least = -(-chunk_bytes // (int(np.prod(shape)) * np.dtype(dtype).itemsize))
+    return -(-n_rows // max(1, n_rows // least))
 
 
 def create_group(

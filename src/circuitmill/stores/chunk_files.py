@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from errno import ENOENT
 from pathlib import Path
 
 import google_crc32c
@@ -143,18 +144,24 @@ class ChunkFile:
         self._chunk_bytes = int(np.prod(shape)) * dtype.itemsize
         index = _index(entries, per_file)
         end = entries[-1].offset + entries[-1].size
-        if not path.is_file():
-            raise self._damaged(0, f"a file of {end + len(index)} bytes", "no such file")
-        self._descriptor = os.open(path, os.O_RDONLY)
-        size = os.fstat(self._descriptor).st_size
+        descriptor = self._open(0)
+        try:
+            size, found = os.fstat(descriptor).st_size, os.pread(descriptor, len(index), end)
+        finally:
+            os.close(descriptor)
         if size != end + len(index):
             raise self._damaged(0, f"a file of {end + len(index)} bytes", f"{size} bytes")
-        if os.pread(self._descriptor, len(index), end) != index:
+        if found != index:
             raise self._damaged(0, "the index that was written", "another one")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+    def _open(self, index: int) -> int:
+        """A descriptor of the file; not kept, because a cache has more files than a process may hold open."""
+        try:
+            return os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise self._damaged(
+                index, "a file that can be read", "no such file" if error.errno == ENOENT else str(error)
+            ) from error
 
     def chunk(self, index: int) -> Shaped[np.ndarray, "token ..."]:
         """One chunk, read-only.
@@ -167,8 +174,12 @@ class ChunkFile:
         """
         entry = self._entries[index]
         length = entry.size - _CRC_BYTES
-        body = os.pread(self._descriptor, length, entry.offset)
-        tail = os.pread(self._descriptor, _CRC_BYTES, entry.offset + length)
+        descriptor = self._open(index)
+        try:
+            body = os.pread(descriptor, length, entry.offset)
+            tail = os.pread(descriptor, _CRC_BYTES, entry.offset + length)
+        finally:
+            os.close(descriptor)
         found = google_crc32c.value(body)
         if found != entry.crc32c or tail != struct.pack("<I", entry.crc32c):
             raise self._damaged(

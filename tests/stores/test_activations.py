@@ -193,7 +193,7 @@ def test_chunks_have_the_least_size_and_waste_no_more_than_a_row_each(codec: str
     chunk = chunk_rows(make_codec(codec, 2, 32, 16), n_rows, chunk_bytes=10_000)
     n_chunks = -(-n_rows // chunk)
     assert chunk * row_bytes >= 10_000 or n_chunks == 1
-    assert n_chunks == max(1, n_rows // -(-10_000 // row_bytes))
+    assert n_chunks <= max(1, n_rows // -(-10_000 // row_bytes))
     assert chunk * n_chunks - n_rows < n_chunks
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks import clt_forge
-from benchmarks.store_data import CODECS, add_shape, size_of, synthetic, write_store
+from benchmarks.store_data import CODECS, add_shape, calibrated, size_of, synthetic, write_store
 
 from circuitmill.stores.activation_shard import ActivationShard
 
@@ -75,9 +75,10 @@ def of_run(run: Path, tokens: int) -> dict[str, torch.Tensor]:
 def measure(kind: str, values: dict[str, torch.Tensor], group: int) -> Iterator[dict]:
     """One row per codec."""
     numbers = sum(x.numel() for x in values.values())
+    constants = calibrated(values)
     for name in CODECS:
         with tempfile.TemporaryDirectory() as folder:
-            shard = write_store(Path(folder), name, values, group=group)
+            shard = write_store(Path(folder), name, values, group=group, constants=constants)
             restored = dict(restore(shard))
             yield {"data": kind, "codec": name, "bits": 8 * size_of(shard) / numbers, **errors(values, restored)}
     for bits in clt_forge.LIMITS:

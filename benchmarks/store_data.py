@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from circuitmill.core.codecs import Codec, make_codec
+from circuitmill.core.codecs import make_codec
 from circuitmill.stores.activation_schema import PLACES, Layout, chunk_rows
 from circuitmill.stores.activation_shard import ActivationShard
 from circuitmill.stores.activation_writer import ShardWriter
@@ -25,6 +25,7 @@ CODECS = {
 }
 """Name -> codec and bits."""
 CALIBRATION_TOKENS = 2048
+BATCH, CONTEXT = 4096, 64
 
 
 def add_shape(parser: argparse.ArgumentParser, tokens: int = 65_536) -> None:
@@ -52,27 +53,32 @@ def synthetic(kind: str, tokens: int, layers: int, width: int) -> torch.Tensor:
     return x
 
 
+def calibrated(values: dict[str, torch.Tensor]) -> dict[str, PlaceCalibration]:
+    """The codecs' constants, from tokens drawn at random."""
+    chosen = torch.randperm(len(values["inputs"]), generator=torch.Generator().manual_seed(0))[:CALIBRATION_TOKENS]
+    return {place: PlaceCalibration.of(x[chosen]) for place, x in values.items()}
+
+
 def write_store(
     folder: Path,
     name: str,
     values: dict[str, torch.Tensor],
     *,
     group: int = 32,
-    level: int = 0,
-    batch: int = 4096,
     unit: str = "train-00000",
-    context: int = 64,
+    constants: dict[str, PlaceCalibration] | None = None,
 ) -> ActivationShard:
-    """A shard of these inputs and outputs, calibrated on every so-many-th token."""
+    """A shard of these inputs and outputs.
+
+    Args:
+        constants: What `calibrated` gave, to measure it once for several codecs.
+    """
     kind, bits = CODECS[name]
     tokens, layers, width = values["inputs"].shape
     codec = make_codec(kind, layers, width, group)
-    channels = {
-        place: PlaceCalibration.of(x[:: max(1, tokens // CALIBRATION_TOKENS)]).channels(bits)
-        for place, x in values.items()
-    }
+    channels = {place: entry.channels(bits) for place, entry in (constants or calibrated(values)).items()}
     where = np.arange(tokens)
-    layout = Layout(tokens, chunk_rows(codec, tokens, 2**20), 32, level)
+    layout = Layout(tokens, chunk_rows(codec, tokens, 2**20), 32, 0)
     output = StageOutput("cache", codec, {}, folder, unit=unit)
     with ShardWriter(
         output,
@@ -80,12 +86,12 @@ def write_store(
         layout,
         channels=channels,
         places=PLACES,
-        provenance={"sequence": where // context, "position": where % context, "token_id": where * 7919 % 1024},
+        provenance={"sequence": where // CONTEXT, "position": where % CONTEXT, "token_id": where * 7919 % 1024},
         attributes={"bits": bits},
         seed=0,
     ) as writer:
-        for start in range(0, tokens, batch):
-            writer.append(*(values[place][start : start + batch] for place in PLACES))
+        for start in range(0, tokens, BATCH):
+            writer.append(*(values[place][start : start + BATCH] for place in PLACES))
         counts = writer.finish()
     return ActivationShard(output.finish(counts))
 
@@ -94,11 +100,6 @@ def size_of(shard: ActivationShard) -> int:
     """Bytes of everything that a reader needs: the Zarr group and the list of chunks."""
     files = shard._manifest.files
     return sum(entry["bytes"] for name, entry in files.items() if not name.startswith("moments"))
-
-
-def codec_of(shard: ActivationShard) -> Codec:
-    """The codec of a shard."""
-    return shard.codec
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

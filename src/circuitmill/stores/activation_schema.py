@@ -27,6 +27,7 @@ from zarr.core.group import Group
 
 from circuitmill.core.codecs import Channels, Codec
 from circuitmill.errors import StoreError
+from circuitmill.stores.files import make_durable
 
 SCHEMA_VERSION = 2
 GROUP = "activations.zarr"
@@ -173,6 +174,7 @@ def create_group(
             (whole, *spec.shape),
             spec.level,
         )
+    make_durable(path)
 
 
 def _create(

@@ -16,6 +16,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_durable(folder: Path) -> None:
+    """Make everything below a folder survive a crash."""
+    for path in sorted(folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
+    sync_folder(folder.parent)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader sees either the old content or the new, also after a crash.
 

@@ -1,5 +1,6 @@
 """What the tests of streamed activations share."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -65,6 +66,8 @@ class DirectBlocks:
 
 def main() -> None:
     """A process with a producer, for tests that end it: it says the producer's id when a block has been read."""
+    # a shell that starts tests in the background has SIGINT ignored, which children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, how = Path(sys.argv[1]), sys.argv[2]
     blocks = live_blocks(folder)
     if how == "forgotten":

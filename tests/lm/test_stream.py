@@ -226,8 +226,12 @@ def test_the_producer_ends_with_its_parent(tiny_model_dir: Path, number: signal.
     with _parent(tiny_model_dir, how) as parent:
         producer = int(parent.stdout.readline())
         parent.send_signal(number)
-        assert ends(producer)
-        assert parent.wait(SOON) != 0
+        try:
+            assert ends(producer)
+            assert parent.wait(SOON) != 0
+        finally:
+            # whatever went wrong: leaving `with` waits for it
+            parent.kill()
 
 
 @pytest.mark.slow

@@ -128,3 +128,18 @@ def test_a_stopped_training_on_computed_targets_continues_to_the_same_bits(
     again = stage.run(cfg, **recomputed, out=tmp_path / "broken")
     models = [load_clt(manifest.folder / "model").state_dict() for manifest in (whole, again)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.slow
+def test_a_streamed_training_is_the_same_with_captured_and_with_computed_targets(
+    cfg: TrainConfig, stored: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    results = []
+    for targets in ("stored", "recomputed"):
+        upstreams = alone(stored, model, tmp_path / targets, mode="stream", targets=targets)
+        assert not (upstreams["cache"].parent / "shard").exists()
+        results.append(stage.run(cfg, **upstreams, out=tmp_path / f"{targets}-train").counts)
+    captured, computed = results
+    assert captured["ev"] > 0.1
+    assert computed["ev"] == pytest.approx(captured["ev"], abs=1e-4)
+    assert computed["l0"] == pytest.approx(captured["l0"], rel=1e-3)

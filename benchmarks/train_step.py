@@ -8,6 +8,7 @@ One JSON line per firing rate: tokens per CPU second of the sparse and the dense
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from circuitmill.config.train import TrainConfig
 from circuitmill.core import init
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.kernels import sparse
-from circuitmill.training.objective import evaluate_batch
+from circuitmill.training.objective import Moment, evaluate_batch
 
 N_LAYERS, N_FEATURES, D_MODEL = 4, 1024, 128
 REPEATS = 8
@@ -30,17 +31,19 @@ def speed(cfg: TrainConfig, batch: int, kept: float, limit: float) -> float:
     sparse.WORTHWHILE = limit
     torch.manual_seed(0)
     transcoder = Transcoder(N_LAYERS, N_FEATURES, D_MODEL)
-    init.uniform(transcoder, threshold=cfg.bandwidth, generator=torch.Generator().manual_seed(0))
+    init.uniform(transcoder, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        transcoder.log_threshold.fill_(math.log(cfg.nonlinearity.bandwidth))
     x, y = torch.randn(batch, N_LAYERS, D_MODEL), torch.randn(batch, N_LAYERS, D_MODEL)
     init.encoder_bias_for_rate(transcoder, x, rate=kept)
     with torch.no_grad():
-        transcoder.b_enc -= cfg.bandwidth / 2
-    dead = torch.zeros(N_LAYERS, N_FEATURES, dtype=torch.bool)
+        transcoder.b_enc -= cfg.nonlinearity.bandwidth / 2
+    moment = Moment(cfg.tokens, torch.zeros(N_LAYERS, N_FEATURES, dtype=torch.bool), torch.zeros(N_LAYERS, N_FEATURES))
     optimizer = torch.optim.Adam(transcoder.parameters(), lr=0.0, fused=True)
     for repeat in range(REPEATS + 2):
         if repeat == 2:
             start = time.process_time()
-        evaluate_batch(transcoder, x, y, cfg, sparsity=1.0, dead=dead).loss.backward()
+        evaluate_batch(transcoder, x, y, cfg, moment).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return REPEATS * batch / (time.process_time() - start)

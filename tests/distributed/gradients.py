@@ -11,11 +11,12 @@ import torch.distributed as dist
 from tests.training.helpers import batches, fresh, run, tiny
 
 from circuitmill import distributed
+from circuitmill.config.train import TermConfig
 from circuitmill.stores.tensors import write_tensors
 from circuitmill.training import parallel
-from circuitmill.training.objective import evaluate_batch
+from circuitmill.training.objective import Moment, evaluate_batch
 
-CFG = tiny(tokens=192, log_tokens=32, loss__auxiliary=1.0)
+CFG = tiny(tokens=192, monitor__log_tokens=32, loss__auxiliary=TermConfig(1.0, k=4))
 
 
 def main(out: Path) -> None:
@@ -27,7 +28,7 @@ def main(out: Path) -> None:
     dead[:, ::3] = True
     with batches(CFG, ranks) as data:
         pair = data.get(0)
-        result = evaluate_batch(state.transcoder, *pair, CFG, sparsity=0.5, dead=dead)
+        result = evaluate_batch(state.transcoder, *pair, CFG, Moment(CFG.tokens, dead, state.density))
     result.loss.backward()
     parallel.average_gradients(state.transcoder.parameters(), ranks)
     norm = torch.nn.utils.clip_grad_norm_(list(state.transcoder.parameters()), 1e9)
@@ -38,7 +39,7 @@ def main(out: Path) -> None:
     trained, rows = run(CFG, ranks=ranks, data=batches(CFG, ranks))
     found["idle"] = trained.idle
     found |= {f"trained.{name}": value.detach() for name, value in trained.transcoder.named_parameters()}
-    for key in ("loss", "loss_reconstruction", "loss_sparsity", "ev", "ev_per_layer", "l0", "dead", "grad_norm"):
+    for key in ("loss", "loss_reconstruction", "loss_tanh_sparsity", "ev", "ev_per_layer", "l0", "dead", "grad_norm"):
         found[f"row.{key}"] = torch.tensor([row[key] for row in rows], dtype=torch.float64)
     write_tensors(out.with_name(f"{out.name}-{ranks.rank}.safetensors"), found)
     distributed.shutdown()

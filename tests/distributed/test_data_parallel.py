@@ -36,9 +36,13 @@ def test_there_were_two_ranks_and_one_process(outcomes):
 def test_gradients_of_every_parameter_are_equal(outcomes):
     (one,), two = outcomes["one"], outcomes["two"]
     names = [name for name in one if name.startswith("gradient.")]
-    assert {"gradient.W_enc", "gradient.b_enc", "gradient.W_dec.0", "gradient.b_dec", "gradient.log_threshold"} <= set(
-        names
-    )
+    assert {
+        "gradient.W_enc",
+        "gradient.b_enc",
+        "gradient.decoder.W_dec.0",
+        "gradient.b_dec",
+        "gradient.log_threshold",
+    } <= set(names)
     for name in (*names, "norm"):
         for rank in two:
             scale = one[name].abs().max()

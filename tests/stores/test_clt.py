@@ -14,7 +14,7 @@ from circuitmill.stores.clt import load_clt, read_decoder, save_clt
 @pytest.fixture
 def transcoder():
     made = Transcoder(n_layers=3, n_features=7, d_model=5)
-    init.uniform(made, threshold=0.03, generator=torch.Generator().manual_seed(0))
+    init.uniform(made, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         made.b_enc.normal_()
         made.b_dec.normal_()

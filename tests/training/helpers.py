@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from circuitmill.config.train import InitConfig, LossConfig, TrainConfig
+from circuitmill.config.architecture import ArchitectureConfig
+from circuitmill.config.train import (
+    InitConfig,
+    MonitorConfig,
+    NonlinearityConfig,
+    OptimizerConfig,
+    TermConfig,
+    TrainConfig,
+)
 from circuitmill.core.codecs import StoredBatch, plain_batch
 from circuitmill.core.scaling import Scaling
 from circuitmill.distributed import Ranks
@@ -23,19 +31,23 @@ TINY = TrainConfig(
     tokens=640,
     batch_tokens=32,
     pool_tokens=64,
-    bandwidth=0.5,
-    threshold_derivative="chain",
+    architecture=ArchitectureConfig(),
+    nonlinearity=NonlinearityConfig("jumprelu", bandwidth=0.5),
+    scaling="rms",
     init=InitConfig(threshold=0.1, encoder_bias="firing_rate", l0=4.0, decoder_bias="mean"),
-    loss=LossConfig(sparsity=0.1, sparsity_scale=1.0, pre_activation=1e-3, auxiliary=0.03, auxiliary_k=4),
+    loss={
+        "reconstruction": TermConfig(1.0),
+        "tanh_sparsity": TermConfig(0.1, ramp_share=1.0, scale=1.0),
+        "pre_activation": TermConfig(1e-3),
+        "auxiliary": TermConfig(0.03, k=4),
+    },
     lr=1e-2,
+    schedule="linear",
     warmup_tokens=64,
     decay_share=0.3,
-    beta1=0.9,
-    beta2=0.99,
-    adam_eps=1e-8,
-    clip_norm=1.0,
+    optimizer=OptimizerConfig(beta2=0.99),
     dead_tokens=64,
-    log_tokens=64,
+    monitor=MonitorConfig(log_tokens=64, heldout_tokens=0),
     checkpoint_tokens=128,
     keep_checkpoints=2,
     wandb=False,
@@ -43,15 +55,16 @@ TINY = TrainConfig(
 
 
 def tiny(**changes: Any) -> TrainConfig:
-    """The small configuration with changes; `loss__sparsity=1` reaches into a part."""
-    cfg = TINY
+    """The small configuration with changes: `optimizer__clip_norm=1` reaches into a part, `loss__l1=` adds a term."""
+    new: dict[str, Any] = {}
     for key, value in changes.items():
-        if "__" in key:
-            part, key = key.split("__")
-            value = dataclasses.replace(getattr(cfg, part), **{key: value})
-            key = part
-        cfg = dataclasses.replace(cfg, **{key: value})
-    return cfg
+        part, _, inner = key.partition("__")
+        if not inner:
+            new[part] = value
+            continue
+        old = new.get(part, getattr(TINY, part))
+        new[part] = {**old, inner: value} if part == "loss" else dataclasses.replace(old, **{inner: value})
+    return dataclasses.replace(TINY, **new)
 
 
 class Memory:
@@ -78,7 +91,7 @@ class Memory:
 
 
 def scaling() -> Scaling:
-    return Scaling(torch.full((N_LAYERS,), 1 / 3), torch.tensor([0.7, 0.4]))
+    return Scaling.by_layer(torch.full((N_LAYERS,), 1 / 3), torch.tensor([0.7, 0.4]), D_MODEL)
 
 
 def batches(cfg: TrainConfig, ranks: Ranks = ONE, source: Any = None, **options: Any) -> Batches:

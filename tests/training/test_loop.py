@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.training.helpers import Memory, batches, fresh, run, tiny
 
+from circuitmill.config.train import TermConfig
 from circuitmill.errors import DivergedError, InterruptedRun, ShapeError
 from circuitmill.training import schedules
 from circuitmill.training.state import start
@@ -24,16 +25,18 @@ def test_the_fit_improves_and_everything_is_reported():
     assert rows[-1]["ev"] > max(0.7, rows[0]["ev"] + 0.2)
     last = rows[-1]
     assert set(last) == {
-        "step", "tokens", "loss", "loss_reconstruction", "loss_sparsity", "loss_pre_activation", "loss_auxiliary",
-        "ev", "ev_per_layer", "l0", "dead", "lr", "sparsity", "grad_norm", "tokens_per_second", "data_wait_share",
+        "step", "tokens", "loss", "loss_reconstruction", "loss_tanh_sparsity", "loss_pre_activation", "loss_auxiliary",
+        "ev", "ev_per_layer", "l0", "dead", "lr", "coefficients", "grad_norm", "tokens_per_second", "data_wait_share",
     }  # fmt: skip
     assert len(last["ev_per_layer"]) == len(last["l0"]) == 2
-    assert last["sparsity"] == pytest.approx(cfg.loss.sparsity)
+    assert last["coefficients"] == {name: term.coefficient for name, term in cfg.loss.items()}
     assert last["lr"] == 0.0
 
 
 def test_sparsity_costs_active_features():
-    weak, strong = (run(tiny(tokens=3200, loss__sparsity=value))[1][-1] for value in (0.01, 3.0))
+    weak, strong = (
+        run(tiny(tokens=3200, loss__tanh_sparsity=TermConfig(value, 1.0, scale=1.0)))[1][-1] for value in (0.01, 3.0)
+    )
     assert sum(strong["l0"]) < sum(weak["l0"])
 
 
@@ -96,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
 
 
 def test_dead_counters_are_in_tokens_and_reset_by_firing():
-    cfg = tiny(loss__pre_activation=0.0, loss__auxiliary=0.0)
+    cfg = tiny(loss__pre_activation=TermConfig(0.0), loss__auxiliary=TermConfig(0.0, k=1))
     state = fresh(cfg)
     with torch.no_grad():
         state.transcoder.b_enc[0, 3] = -1e4
@@ -115,13 +118,13 @@ def test_dead_features_come_back():
             state.transcoder.b_enc[:, :8] -= 2.0
         return run(cfg, state)[1][-1]["dead"]
 
-    off = ending(loss__pre_activation=0.0, loss__auxiliary=0.0)
+    off = ending(loss__pre_activation=TermConfig(0.0), loss__auxiliary=TermConfig(0.0, k=1))
     assert off >= 0.5
     assert ending() <= off / 2
 
 
 def test_clipping_bounds_the_step_but_not_the_reported_norm():
-    _, rows = run(tiny(clip_norm=1e-6))
+    _, rows = run(tiny(optimizer__clip_norm=1e-6))
     assert rows[0]["grad_norm"] > 1e-3
 
 
@@ -144,4 +147,5 @@ def test_schedules_meet_their_ends():
     assert rate[19:60] == [2.0] * 41
     assert rate[79] == pytest.approx(1.0) and rate[-1] == 0.0
     assert schedules.learning_rate(1, peak=2.0, total=100, warmup=0, decay_share=0.0) == 2.0
-    assert [schedules.ramp(tokens, final=8.0, total=4) for tokens in (0, 1, 4)] == [0.0, 2.0, 8.0]
+    assert [schedules.interpolate(tokens, start=0.0, final=8.0, over=4.0) for tokens in (0, 1, 4)] == [0.0, 2.0, 8.0]
+    assert schedules.interpolate(0, start=3.0, final=8.0, over=0.0) == 8.0

@@ -1,4 +1,4 @@
-"""A block of a transcoder's features: the same stretch of every layer, numbered layer after layer."""
+"""A block of a transcoder's features: the same stretch of every source, numbered source after source."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuitmill.core.decoders import Mixture
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
 
@@ -21,7 +22,7 @@ class LogitWeights:
 
 
 class FeatureBlock:
-    """Features `span` of every layer. Feature i of the block is feature span.start + i % width of layer i // width.
+    """Features `span` of every source. Feature i of the block is feature span.start + i % width of source i // width.
 
     Args:
         transcoder: Its weights are used as they are, on their device.
@@ -41,31 +42,31 @@ class FeatureBlock:
             )
         self._transcoder, self.span = transcoder, span
         self.width = span.stop - span.start
-        self.n_features = transcoder.n_layers * self.width
+        self.n_features = transcoder.n_sources * self.width
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token feature"]:
         """Activations of the block's features, on the transcoder's device wherever the inputs are."""
-        layers = range(self._transcoder.n_layers)
+        sources = range(self._transcoder.n_sources)
         x = x.to(self._transcoder.W_enc.device)
-        return torch.cat([self._transcoder.encode_layer(layer, x[:, layer], self.span) for layer in layers], dim=1)
+        return torch.cat([self._transcoder.encode_source(source, x, self.span) for source in sources], dim=1)
 
     @torch.no_grad()
     def logits(self, unembedding: Float[Tensor, "d_vocab d_model"], k: int) -> LogitWeights:
         """The tokens whose logits the features raise and lower most, through the residual stream alone.
 
         A feature writes the sum of its decoder vectors; the mean effect over the vocabulary changes no probability
-        and is taken out.
+        and is taken out. A transform of a mixture writes no vector, so for those there are no tokens.
 
         Args:
             unembedding: With the final norm's gain folded in.
             k: At most so many tokens each way.
         """
         centred = unembedding - unembedding.mean(dim=0)
-        k = min(k, centred.shape[0])
+        k = 0 if isinstance(self._transcoder.decoder, Mixture) else min(k, centred.shape[0])
         highest, lowest = [], []
-        for layer in range(self._transcoder.n_layers):
-            written = self._transcoder.W_dec[layer][self.span].sum(dim=1)
+        for source in range(self._transcoder.n_sources):
+            written = self._written(source, centred.shape[1])
             effect = written @ centred.T
             highest.append(effect.topk(k, dim=1))
             lowest.append(effect.topk(k, dim=1, largest=False))
@@ -75,3 +76,8 @@ class FeatureBlock:
             bottom=torch.cat([part.values for part in lowest]).cpu(),
             bottom_tokens=torch.cat([part.indices for part in lowest]).cpu(),
         )
+
+    def _written(self, source: int, d_model: int) -> Float[Tensor, "feature d_model"]:
+        if isinstance(self._transcoder.decoder, Mixture):
+            return self._transcoder.W_enc.new_zeros(self.width, d_model)
+        return self._transcoder.decoder_block(source, self.span).sum(dim=1)

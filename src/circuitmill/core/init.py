@@ -1,45 +1,140 @@
 """Starting values of a transcoder."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from einops import einsum
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from circuitmill.core.decoders import LowRank, Mixture, Untied
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError
 
 
+def _fill(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
+    parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+
+
+def _uniform_decoder(transcoder: Transcoder, bound: float, generator: torch.Generator) -> None:
+    """Decoder vectors with about the spread of U(+-bound), whatever their form."""
+    decoder = transcoder.decoder
+    if isinstance(decoder, LowRank):
+        # a product of two uniforms summed over the rank has the variance of U(+-bound)
+        inner = bound * math.sqrt(3 / decoder.Q.shape[2])
+        _fill(decoder.Q, 1.0, generator)
+        _fill(decoder.P, inner, generator)
+        return
+    if isinstance(decoder, Mixture):
+        row = 0
+        for count, rank in decoder.groups:
+            rows = slice(row, row + count * rank)
+            # Xavier: both halves keep the variance of what goes through them
+            for side in (decoder.U, decoder.V):
+                _fill(side[:, rows], math.sqrt(6 / (rank + transcoder.d_model)), generator)
+            row = rows.stop
+        return
+    for block in _vectors(transcoder):
+        _fill(block, bound, generator)
+
+
+def _vectors(transcoder: Transcoder) -> list[nn.Parameter]:
+    """Parameters that are decoder vectors: named W_dec, or W_shared."""
+    return [parameter for name, parameter in transcoder.decoder.named_parameters() if name.startswith("W_")]
+
+
+def _exclusive_blocks(transcoder: Transcoder) -> list[nn.Parameter]:
+    return [*transcoder.decoder.W_dec] if isinstance(transcoder.decoder, Untied) else []
+
+
 @torch.no_grad()
-def uniform(transcoder: Transcoder, *, threshold: float, generator: torch.Generator) -> None:
-    """The circuit-tracing start: W_enc ~ U(+-1/sqrt(n_features)), W_dec ~ U(+-1/sqrt(n_layers d_model)), biases zero.
+def uniform(transcoder: Transcoder, *, generator: torch.Generator) -> None:
+    """The circuit-tracing start: W_enc ~ U(+-1/sqrt(n_features)), W_dec ~ U(+-1/sqrt(n_layers d_model)).
 
     Args:
-        threshold: Of every feature, in units of the pre-activation.
         generator: On the CPU, so that the start is the same on every device.
     """
+    _fill(transcoder.W_enc, 1 / math.sqrt(transcoder.n_features), generator)
+    _uniform_decoder(transcoder, 1 / math.sqrt(transcoder.n_layers * transcoder.d_model), generator)
 
-    def fill(parameter: Tensor, bound: float) -> None:
-        parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
 
-    fill(transcoder.W_enc, 1 / math.sqrt(transcoder.n_features))
-    for block in transcoder.W_dec:
-        fill(block, 1 / math.sqrt(transcoder.n_layers * transcoder.d_model))
-    transcoder.b_enc.zero_()
-    transcoder.b_dec.zero_()
-    transcoder.log_threshold.fill_(math.log(threshold))
+@torch.no_grad()
+def transpose(transcoder: Transcoder, *, generator: torch.Generator) -> None:
+    """As `uniform`, with the encoder the transpose of the decoder block of the layer it reads."""
+    uniform(transcoder, generator=generator)
+    _transpose(transcoder, 1.0)
+
+
+@torch.no_grad()
+def january_2025(transcoder: Transcoder, *, generator: torch.Generator) -> None:
+    """W_dec ~ U(+-1/sqrt(d_model)), W_enc = (d_model / n_features) W_dec^T ("Circuits Updates, January 2025").
+
+    Defined there for one layer; a cross-layer transcoder takes the block of its own layer for the transpose, and the
+    other blocks as in `uniform`.
+    """
+    bound = 1 / math.sqrt(transcoder.d_model)
+    _uniform_decoder(transcoder, bound, generator)
+    _transpose(transcoder, transcoder.d_model / transcoder.n_features)
+    if not transcoder.topology.reads_one:
+        return
+    for source, block in enumerate(_exclusive_blocks(transcoder)):
+        for index, target in enumerate(transcoder.topology.writes[source]):
+            if target != source:
+                block[:, index] /= math.sqrt(transcoder.n_layers)
+
+
+def _transpose(transcoder: Transcoder, factor: float) -> None:
+    for source, targets in enumerate(transcoder.topology.writes):
+        block = transcoder.decoder_block(source)
+        for row, layer in zip(transcoder.topology.encoders(source), transcoder.topology.reads[source], strict=True):
+            transcoder.W_enc[row] = factor * block[:, targets.index(layer)]
+
+
+INITIALISERS: dict[str, Callable[..., None]] = {
+    "uniform": uniform,
+    "transpose": transpose,
+    "january_2025": january_2025,
+}
+"""Name -> function that fills encoder and decoder; biases stay zero."""
+
+
+@torch.no_grad()
+def zero_decoder(transcoder: Transcoder) -> None:
+    """Features write nothing: decoder vectors are zero, factors and encoders stay.
+
+    Of two halves whose product is the decoder one becomes zero, so that the other gives it a gradient.
+    """
+    decoder = transcoder.decoder
+    if isinstance(decoder, LowRank):
+        decoder.P.zero_()
+    elif isinstance(decoder, Mixture):
+        decoder.U.zero_()
+    else:
+        for parameter in _vectors(transcoder):
+            parameter.zero_()
+
+
+@torch.no_grad()
+def identical_models(transcoder: Transcoder) -> None:
+    """Give every model of a crosscoder the first one's encoders and decoders ("Circuits Updates, February 2025")."""
+    models = transcoder.architecture.models
+    per_model = transcoder.n_layers // models
+    for index in range(1, models):
+        rows = slice(index * per_model, (index + 1) * per_model)
+        transcoder.W_enc[rows] = transcoder.W_enc[:per_model]
+        for block in _exclusive_blocks(transcoder):
+            block[:, rows] = block[:, :per_model]
 
 
 @torch.no_grad()
 def encoder_bias_for_rate(transcoder: Transcoder, x: Float[Tensor, "token layer d_model"], *, rate: float) -> None:
     """Set every encoder bias so that its feature fires on a share `rate` of these tokens.
 
-    b_enc = threshold - quantile_{1 - rate}(W_enc x), "Circuits Updates, January 2025"; one selection per layer over all
-    features at once.
+    b_enc = threshold - quantile_{1 - rate}(W_enc x), "Circuits Updates, January 2025"; one selection per source over
+    all features at once.
 
     Args:
-        x: Normalised MLP inputs; some thousands of tokens, at least 1 / rate of them.
+        x: Normalised inputs; some thousands of tokens, at least 1 / rate of them.
         rate: Share of tokens, between 0 and 1.
 
     Raises:
@@ -54,12 +149,12 @@ def encoder_bias_for_rate(transcoder: Transcoder, x: Float[Tensor, "token layer 
             where="train.init.l0",
             fix="change init.l0 or raise batch_tokens",
         )
-    for layer in range(transcoder.n_layers):
-        drive = einsum(x[:, layer], transcoder.W_enc[layer], "token d_model, feature d_model -> feature token")
-        # the (n_firing)-th largest and the one below it straddle the quantile: exactly n_firing tokens exceed
-        # it
+    transcoder.b_enc.zero_()
+    for source in range(transcoder.n_sources):
+        drive = transcoder.pre_activations_source(source, x).T.contiguous()
+        # the (n_firing)-th largest and the one below it straddle the quantile: exactly n_firing tokens exceed it
         low = drive.kthvalue(n_tokens - n_firing, dim=1).values
-        transcoder.b_enc[layer] = transcoder.threshold[layer] - low
+        transcoder.b_enc[source] = transcoder.threshold[source] - low
 
 
 @torch.no_grad()

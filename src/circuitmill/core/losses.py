@@ -1,77 +1,206 @@
 """Terms of the training loss. Each is summed over d_model, layers and features and averaged over tokens.
 
-With that reduction a coefficient means the same at any batch size, and the mean of a term over equal parts of
-a batch is the term of the whole batch. Every function takes one layer ("token feature") or all layers ("token
-layer feature"). Source: "Circuit Tracing" (Ameisen et al. 2025), appendix on training, and "Circuits Updates,
-January 2025".
+With that reduction a coefficient means the same at any batch size, and the mean of a term over equal parts of a batch
+is the term of the whole batch. A term is a function of `Evaluation` and its options, and a row of `TERMS`;
+coefficients and their ramps are the caller's.
+
+| term | formula | source |
+|---|---|---|
+| reconstruction | sum_m (y^m - yhat^m)^2, mean over Matryoshka prefixes | Ameisen et al. 2025; Bussmann et al. 2025 |
+| tanh_sparsity | sum_i tanh(scale n_i a_i) | "Circuit Tracing" (Ameisen et al. 2025) |
+| l1 | sum_i n_i a_i | "Circuits Updates, April 2024" |
+| quadratic_l0 | sum_s (L0^s / target - 1)^2, per token | "Jumping Ahead" (Rajamanoharan et al. 2024), appendix |
+| frequency | sum_i (density_i / scale) H(h_i - theta_i) | after Gemma Scope 2's penalty of frequent features |
+| pre_activation | sum_i relu(theta_i - h_i) n_i | "Circuits Updates, January 2025" |
+| auxiliary | (e - ehat_dead)^2 | Gao et al. 2024, section 2.4 |
+
+n_i is what a feature writes (`Transcoder.decoder_norms`).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuitmill.config.names import is_import_path
+from circuitmill.config.train import TermConfig
+from circuitmill.core.imports import function_at
+from circuitmill.core.nonlinearity import Settings, step
+from circuitmill.core.operand import Operand
+from circuitmill.core.transcoder import Transcoder
+from circuitmill.errors import ConfigError
+from circuitmill.kernels import sparse
 
-def reconstruction(
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A batch seen by a transcoder: what a term is computed from."""
+
+    transcoder: Transcoder
+    x: Float[Tensor, "token layer d_model"]
+    """Normalised inputs."""
+    y: Float[Tensor, "token layer d_model"]
+    """Normalised outputs."""
+    pre: list[Float[Tensor, "token feature"]]
+    """Pre-activations, by source."""
+    a: list[Operand]
+    """Activations, by source."""
+    y_hats: list[Float[Tensor, "token layer d_model"]]
+    """Reconstructions by each Matryoshka prefix; the last one by all features."""
+    settings: Settings
+    dead: Bool[Tensor, "source feature"]
+    """Features without a firing for long."""
+    density: Float[Tensor, "source feature"]
+    """Running share of tokens on which each feature fires."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.x.shape[0]
+
+    @cached_property
+    def norms(self) -> Float[Tensor, "source feature"]:
+        """Concatenated decoder norms."""
+        return self.transcoder.decoder_norms()
+
+    @cached_property
+    def summed_norms(self) -> Float[Tensor, "source feature"]:
+        """Sums of decoder norms over targets."""
+        return self.transcoder.decoder_norms("summed")
+
+    def weights(self, term: TermConfig) -> Float[Tensor, "source feature"]:
+        """What each feature writes, and zero for the features that a term is not about."""
+        norms = self.summed_norms if term.norm == "summed" else self.norms
+        if term.features in (None, "all"):
+            return norms
+        shared = torch.arange(norms.shape[1], device=norms.device) < self.transcoder.architecture.shared
+        return norms * (shared if term.features == "shared" else ~shared)
+
+
+Term = Callable[[Evaluation, TermConfig], Float[Tensor, ""]]
+
+
+def squared_error(
     y: Float[Tensor, "token layer d_model"], y_hat: Float[Tensor, "token layer d_model"]
 ) -> Float[Tensor, ""]:
-    """Squared error: mean over tokens of sum over layers of ||y - yhat||^2.
+    """Mean over tokens of sum over layers of ||y - yhat||^2.
 
-    >>> reconstruction(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
+    >>> squared_error(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
     tensor(12.)
     """
     return (y - y_hat).square().sum() / y.shape[0]
 
 
-def tanh_sparsity(
-    a: Float[Tensor, "token *layer feature"], norms: Float[Tensor, "*layer feature"], scale: float
-) -> Float[Tensor, ""]:
-    """A smooth count of active features: mean over tokens of the sum of tanh(scale * norm * a).
+def reconstruction(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """Squared error, averaged over Matryoshka prefixes."""
+    return torch.stack([squared_error(batch.y, y_hat) for y_hat in batch.y_hats]).mean()
 
-    >>> tanh_sparsity(torch.tensor([[0.0, 100.0, 100.0]]), torch.ones(3), scale=4.0)
-    tensor(2.)
 
-    Args:
-        norms: Length of each feature's concatenated decoder, so that shrinking activations and growing
-        decoders
-            does not pay.
-        scale: How fast the count saturates; the reciprocal of the written length that counts as "active".
+def tanh_sparsity(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """A smooth count of active features.
+
+    With norms in it, shrinking activations and growing decoders does not pay. `scale` is the reciprocal of the written
+    length that counts as active.
     """
-    return torch.tanh(a * (norms * scale)).sum() / a.shape[0]
+    weights = batch.weights(term) * (term.scale or 1.0)
+    return _over_sources(batch, torch.tanh, weights)
 
 
-def pre_activation(
-    pre: Float[Tensor, "token *layer feature"],
-    threshold: Float[Tensor, "*layer feature"],
-    norms: Float[Tensor, "*layer feature"],
-) -> Float[Tensor, ""]:
-    """Lifts features that do not fire: mean over tokens of the sum of relu(threshold - pre) * norm.
+def l1(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """Written length, added up over features."""
+    return _over_sources(batch, torch.abs, batch.weights(term))
+
+
+def _over_sources(batch: Evaluation, function: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
+    parts = [a.total(function, weight) for a, weight in zip(batch.a, weights, strict=True)]
+    return torch.stack(parts).sum() / batch.n_tokens
+
+
+def quadratic_l0(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """Distance of each token's number of active features from a target, relative to it, squared; by source.
+
+    The gradient is the threshold's straight-through estimate.
+    """
+    target = term.target or 1.0
+    losses = [(_steps(batch, source).sum(dim=1) / target - 1).square().sum() for source in range(len(batch.pre))]
+    return torch.stack(losses).sum() / batch.n_tokens
+
+
+def frequency(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """Firing, weighed by how often the feature fires anyhow.
+
+    The running density stands for the batch's own, of which the penalty is a square, so that the term does not depend
+    on how a batch is split.
+    """
+    weights = batch.density / (term.scale or 1.0)
+    losses = [(_steps(batch, source) @ weights[source].to(pre.dtype)).sum() for source, pre in enumerate(batch.pre)]
+    return torch.stack(losses).sum() / batch.n_tokens
+
+
+def _steps(batch: Evaluation, source: int) -> Float[Tensor, "token feature"]:
+    settings, log_threshold = batch.settings, batch.transcoder.log_threshold[source]
+    return step(batch.pre[source], log_threshold, settings.bandwidth, settings.derivative)
+
+
+def pre_activation(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """Lifts features that do not fire.
 
     The norms are weights here and receive no gradient: otherwise the term is also lowered by shrinking the decoders of
     rare features, which then fire and write nothing.
-
-    >>> pre_activation(torch.tensor([[0.5, 2.0]]), torch.ones(2), torch.ones(2))
-    tensor(0.5000)
     """
-    return ((threshold - pre).relu().sum(dim=0) * norms.detach()).sum() / pre.shape[0]
+    weights, threshold = batch.weights(term).detach(), batch.transcoder.threshold
+    parts = [
+        ((threshold[source] - pre).relu().sum(dim=0) * weights[source]).sum() for source, pre in enumerate(batch.pre)
+    ]
+    return torch.stack(parts).sum() / batch.n_tokens
 
 
-def auxiliary(
-    error: Float[Tensor, "token layer d_model"], error_hat: Float[Tensor, "token layer d_model"]
-) -> Float[Tensor, ""]:
-    """What dead features leave of the error they are asked to explain (Gao et al. 2024, section 2.4, "AuxK").
+def auxiliary(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
+    """What the strongest dead features leave of the error that they are asked to explain.
 
-    The mean over tokens of ||e - ehat||^2 with e = y - yhat detached. It is not divided by ||e||^2 of the
-    batch, which would make it depend on how the batch is split over ranks.
+    It is weighted down while fewer than k per source are dead, and not divided by the batch's error, which would make
+    it depend on how a batch is split.
     """
-    return (error.detach() - error_hat).square().sum() / error.shape[0]
+    k, n_dead = term.k or 1, int(batch.dead.sum())
+    if not n_dead:
+        return batch.x.new_zeros(())
+    coder = batch.transcoder
+    error = (batch.y - batch.y_hats[-1]).detach()
+    explained = torch.zeros_like(error)
+    for source, pre in enumerate(batch.pre):
+        a = sparse.strongest(pre, k, batch.dead[source])
+        written = coder.decoder.written(source, a, batch.x[:, source])
+        explained = explained.index_add(1, _targets(coder, source, error.device), written)
+    return min(1.0, n_dead / (k * coder.n_sources)) * squared_error(error, explained)
 
 
-def strongest(pre: Float[Tensor, "token feature"], k: int) -> Float[Tensor, "token feature"]:
-    """Keep the k largest positive pre-activations of each token, zero elsewhere.
+def _targets(coder: Transcoder, source: int, device: torch.device) -> Tensor:
+    return torch.tensor(coder.topology.writes[source], device=device)
 
-    >>> strongest(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), k=2)
-    tensor([[3., 0., 2., 0.]])
+
+TERMS: dict[str, Term] = {
+    "reconstruction": reconstruction,
+    "tanh_sparsity": tanh_sparsity,
+    "l1": l1,
+    "quadratic_l0": quadratic_l0,
+    "frequency": frequency,
+    "pre_activation": pre_activation,
+    "auxiliary": auxiliary,
+}
+"""Name -> function. A new one is a function of type `Term`, a row here, and its options in `config.train.TERMS`."""
+
+
+def find_term(name: str) -> Term:
+    """The row of this name, or a function elsewhere.
+
+    Raises:
+        ConfigError: no such row, or nothing callable at the import path.
     """
-    k = min(k, pre.shape[1])
-    values, indices = pre.relu().topk(k, dim=1)
-    return torch.zeros_like(pre).scatter(1, indices, values)
+    if name in TERMS:
+        return TERMS[name]
+    if is_import_path(name):
+        return function_at(name, f"train.loss.{name}")
+    raise ConfigError(f"one of {', '.join(TERMS)}", found=repr(name), where="train.loss", fix="name one of them")

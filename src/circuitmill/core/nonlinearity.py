@@ -1,5 +1,8 @@
 """Nonlinearities between pre-activation and activation.
 
+Each is a function of pre-activations h of all sources, [token source feature], and one row of `NONLINEARITIES`. ReLU,
+JumpReLU, TopK and GroupMax look at one token and source at a time, the others at more; `scope` says so.
+
 JumpReLU is discontinuous at its threshold theta, so the derivative of the expected loss by theta is estimated
 with a rectangular kernel (Rajamanoharan et al. 2024, "Jumping Ahead", section 3; a straight-through estimator):
 
@@ -7,13 +10,25 @@ with a rectangular kernel (Rajamanoharan et al. 2024, "Jumping Ahead", section 3
 
 with rect(u) = 1 for |u| < 1/2. The trained parameter is t = log(theta). The chain rule gives da/dt = da/dtheta * theta;
 one reading of "Circuits Updates, January 2025" hands da/dtheta to t directly. `derivative` names the choice.
+`pass_through` adds (theta / bandwidth) rect to da/dh.
+
+Top-k kinds keep what is largest after a ReLU (Gao et al. 2024, section 2.3; Bussmann et al. 2024, "BatchTopK"). Of
+equal values those with the lower index are kept, so that the choice is the same everywhere. Gradients pass through what
+is kept and nothing else.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from circuitmill.config.names import is_import_path
+from circuitmill.core.imports import function_at
+from circuitmill.errors import ConfigError
 
 Derivative = Literal["chain", "direct"]
 
@@ -22,23 +37,30 @@ class _JumpReLU(torch.autograd.Function):
     """JumpReLU of the log-threshold with the straight-through derivative of the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, log_threshold: Tensor, bandwidth: float, derivative: Derivative) -> Tensor:
+    def forward(
+        ctx: Any, pre: Tensor, log_threshold: Tensor, bandwidth: float, derivative: Derivative, pass_through: bool
+    ) -> Tensor:
         threshold = log_threshold.exp()
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth, ctx.derivative = bandwidth, derivative
+        ctx.bandwidth, ctx.derivative, ctx.pass_through = bandwidth, derivative, pass_through
         return torch.where(pre > threshold, pre, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         pre, threshold = ctx.saved_tensors
-        by_pre = torch.where(pre > threshold, gradient, 0.0) if ctx.needs_input_grad[0] else None
+        needs_pre, needs_threshold = ctx.needs_input_grad[:2]
+        near = None
+        if needs_threshold or ctx.pass_through:
+            near = torch.where((pre - threshold).abs_() < ctx.bandwidth / 2, gradient, 0.0)
+        by_pre = torch.where(pre > threshold, gradient, 0.0) if needs_pre else None
+        if by_pre is not None and near is not None and ctx.pass_through:
+            by_pre = by_pre + near * (threshold / ctx.bandwidth)
         by_log_threshold = None
-        if ctx.needs_input_grad[1]:
-            near = (pre - threshold).abs_() < ctx.bandwidth / 2
+        if needs_threshold and near is not None:
             # theta is the same for all tokens, so it can wait until after the sum over them
             factor = threshold.square() if ctx.derivative == "chain" else threshold
-            by_log_threshold = torch.where(near, gradient, 0.0).sum_to_size(threshold.shape) * (-factor / ctx.bandwidth)
-        return by_pre, by_log_threshold, None, None
+            by_log_threshold = near.sum_to_size(threshold.shape) * (-factor / ctx.bandwidth)
+        return by_pre, by_log_threshold, None, None, None
 
 
 def jumprelu(
@@ -46,6 +68,7 @@ def jumprelu(
     log_threshold: Float[Tensor, "*layer feature"],
     bandwidth: float = 1.0,
     derivative: Derivative = "chain",
+    pass_through: bool = False,
 ) -> Float[Tensor, "*token feature"]:
     """Keep a pre-activation where it exceeds its threshold, strictly; zero elsewhere.
 
@@ -53,13 +76,159 @@ def jumprelu(
     tensor([[0., 2., 0.]])
 
     Args:
-        pre: For one layer, for all, or for chosen entries with one threshold each.
+        pre: For one source, for all, or for chosen entries with one threshold each.
         log_threshold: Same trailing axes as `pre`.
         bandwidth: Width of the kernel of the threshold's derivative, in units of the pre-activation. It has
-        no effect
-            on the value.
+            no effect on the value.
         derivative: What reaches the log-threshold: "chain" is the true chain rule, "direct" leaves out one
-        factor
-            theta.
+            factor theta.
+        pass_through: Whether pre-activations within the kernel receive (theta / bandwidth) of the gradient too.
     """
-    return _JumpReLU.apply(pre, log_threshold, bandwidth, derivative)
+    return _JumpReLU.apply(pre, log_threshold, bandwidth, derivative, pass_through)
+
+
+class _Step(torch.autograd.Function):
+    """Heaviside step of pre-activation less threshold, with a derivative by the log-threshold alone."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, log_threshold: Tensor, bandwidth: float, derivative: Derivative) -> Tensor:
+        threshold = log_threshold.exp()
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth, ctx.derivative = bandwidth, derivative
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
+        pre, threshold = ctx.saved_tensors
+        near = torch.where((pre - threshold).abs_() < ctx.bandwidth / 2, gradient, 0.0).sum_to_size(threshold.shape)
+        factor = threshold if ctx.derivative == "chain" else torch.ones_like(threshold)
+        return None, near * (-factor / ctx.bandwidth), None, None
+
+
+def step(
+    pre: Float[Tensor, "*token feature"],
+    log_threshold: Float[Tensor, "*layer feature"],
+    bandwidth: float,
+    derivative: Derivative = "chain",
+) -> Float[Tensor, "*token feature"]:
+    """1 where a pre-activation exceeds its threshold, else 0: what L0 counts ("Jumping Ahead", section 3).
+
+    dH/dtheta = -(1 / bandwidth) rect((h - theta) / bandwidth); there is no derivative by the pre-activation.
+    """
+    return _Step.apply(pre, log_threshold, bandwidth, derivative)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a nonlinearity may use besides pre-activations and thresholds."""
+
+    k: float = 0.0
+    """Features to keep per token and source, on average."""
+    bandwidth: float = 1.0
+    derivative: Derivative = "chain"
+    pass_through: bool = False
+
+
+Function = Callable[
+    [Float[Tensor, "token source feature"], Float[Tensor, "source feature"], Settings],
+    Float[Tensor, "token source feature"],
+]
+"""From pre-activations and log-thresholds to activations; zero or positive."""
+
+
+@dataclass(frozen=True)
+class Nonlinearity:
+    """A row of the table."""
+
+    apply: Function
+    scope: Literal["source", "all"]
+    """Whether sources can be worked on one after the other."""
+
+
+def _relu(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    return pre.relu()
+
+
+def _jumprelu(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    return jumprelu(pre, log_threshold, settings.bandwidth, settings.derivative, settings.pass_through)
+
+
+def _topk(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    return _keep(pre, "token source feature -> (token source) feature", round(settings.k))
+
+
+def _token_topk(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    return _keep(pre, "token source feature -> token (source feature)", round(settings.k * pre.shape[1]))
+
+
+def _batch_topk(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    return _keep(pre, "token source feature -> source (token feature)", round(settings.k * pre.shape[0]))
+
+
+def _batch_topk_all(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    return _keep(
+        pre, "token source feature -> 1 (token source feature)", round(settings.k * pre.shape[0] * pre.shape[1])
+    )
+
+
+def _keep(pre: Tensor, pattern: str, k: int) -> Tensor:
+    """The k largest positive numbers of each row, the rows being what an einops pattern makes of the tensor."""
+    token, source, feature = pre.shape
+    positive = pre.relu()
+    kept = largest(rearrange(positive.detach(), pattern), k)
+    left, right = pattern.split(" -> ")
+    back = rearrange(kept, f"{right} -> {left}", token=token, source=source, feature=feature)
+    return positive * back
+
+
+@torch.no_grad()
+def largest(values: Float[Tensor, "row column"], k: int) -> Bool[Tensor, "row column"]:
+    """Where the k largest numbers of each row are; of equal ones, the first.
+
+    >>> largest(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), 2)
+    tensor([[False,  True,  True, False]])
+    """
+    k = min(k, values.shape[1])
+    # kthvalue takes the k-th smallest
+    least = values.kthvalue(values.shape[1] - k + 1, dim=1, keepdim=True).values
+    kept = values >= least
+    excess = kept.sum(dim=1) - k
+    for row in excess.nonzero().flatten().tolist():
+        ties = (values[row] == least[row]).nonzero().flatten()
+        kept[row, ties[len(ties) - int(excess[row]) :]] = False
+    return kept
+
+
+def _groupmax(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
+    """The largest of each of k groups of consecutive features, if positive."""
+    groups = rearrange(pre.relu(), "token source (group member) -> token source group member", group=round(settings.k))
+    first = groups.detach().argmax(dim=-1, keepdim=True)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, first, True)
+    return rearrange(groups * mask, "token source group member -> token source (group member)")
+
+
+NONLINEARITIES: dict[str, Nonlinearity] = {
+    "relu": Nonlinearity(_relu, "source"),
+    "jumprelu": Nonlinearity(_jumprelu, "source"),
+    "topk": Nonlinearity(_topk, "source"),
+    "token_topk": Nonlinearity(_token_topk, "all"),
+    "batch_topk": Nonlinearity(_batch_topk, "source"),
+    "batch_topk_all": Nonlinearity(_batch_topk_all, "all"),
+    "groupmax": Nonlinearity(_groupmax, "source"),
+}
+"""Name -> function. A new one is a function of type `Function` and a row here."""
+
+
+def find_nonlinearity(name: str) -> Nonlinearity:
+    """The row of this name, or a function elsewhere, which then sees all sources at once.
+
+    Raises:
+        ConfigError: no such row, or nothing callable at the import path.
+    """
+    if name in NONLINEARITIES:
+        return NONLINEARITIES[name]
+    if is_import_path(name):
+        return Nonlinearity(function_at(name, "train.nonlinearity.name"), "all")
+    raise ConfigError(
+        f"one of {', '.join(NONLINEARITIES)}", found=repr(name), where="train.nonlinearity.name", fix="name one of them"
+    )

@@ -1,106 +1,242 @@
-"""The cross-layer transcoder: features read one MLP's input and write to the outputs of it and all later ones.
+"""The transcoder: features read activations at some layers and write to others, few of them at a time.
 
-    h^l = W_enc^l x^l + b_enc^l,   a^l = h^l if h^l > threshold^l else 0,
-    yhat^m = b_dec^m + sum over l <= m of W_dec^{l->m} a^l
+    h^s = sum over layers l that s reads of W_enc^{s,l} x^l + b_enc^s,   a^s = h^s if h^s > threshold^s else 0,
+    yhat^m = b_dec^m + sum over sources s that write to m of W_dec^{s->m} a^s   (+ W_skip^m x^m)
 
-(formulation of "Circuit Tracing", Ameisen et al. 2025, section "Building an interpretable replacement
-model").
+Which source reads and writes what is the topology (`core.topology`), the form of W_dec a decoder (`core.decoders`).
+With the default architecture this is the cross-layer transcoder of "Circuit Tracing" (Ameisen et al. 2025, section
+"Building an interpretable replacement model"): source l reads layer l and writes to layers l, l + 1, ...
 """
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuitmill.config.architecture import ArchitectureConfig
+from circuitmill.core.decoders import ALL, Untied, make_decoder
 from circuitmill.core.nonlinearity import jumprelu
+from circuitmill.core.operand import Dense
+from circuitmill.core.topology import make_topology
 from circuitmill.errors import ShapeError
+
+CLT = ArchitectureConfig()
+"""A cross-layer transcoder with a decoder per source and target."""
 
 
 class Transcoder(nn.Module):
-    """A JumpReLU cross-layer transcoder; all parameters are zero until an initialiser or a store fills them.
+    """Encoders, thresholds and decoders; all parameters are zero until an initialiser or a store fills them.
 
-    `W_dec[s]` is one tensor [feature target d_model] per source layer s; its target k is layer s + k, so the
-    product for one source over all its targets is one matrix product. The logarithm of the threshold is the
-    trained parameter, which keeps the threshold positive.
+    Parameters: W_enc [read feature d_model] with a row for every (source, layer it reads), which is
+    [layer feature d_model] where every source reads its own layer; b_enc and log_threshold [source feature]; those of
+    the decoder; b_dec [layer d_model]; W_skip [layer d_model d_model] if the architecture has it. The logarithm of the
+    threshold is the parameter, which keeps the threshold positive; a ReLU has minus infinity there.
 
     >>> clt = Transcoder(n_layers=2, n_features=3, d_model=4)
     >>> clt.decode(clt.encode(torch.ones(5, 2, 4))).shape
     torch.Size([5, 2, 4])
+
+    Raises:
+        ShapeError: a size is not positive, or layers cannot be divided among the models.
+        ConfigError: the architecture does not fit the number of features.
     """
 
-    def __init__(self, n_layers: int, n_features: int, d_model: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        n_layers: int,
+        n_features: int,
+        d_model: int,
+        architecture: ArchitectureConfig = CLT,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         for name, size in (("n_layers", n_layers), ("n_features", n_features), ("d_model", d_model)):
             if size < 1:
                 raise ShapeError(
                     "expected a size of at least 1", found=str(size), where=name, fix="choose a positive size"
                 )
-        self.n_layers = n_layers
-        self.n_features = n_features
-        self.d_model = d_model
-        self.W_enc = nn.Parameter(torch.zeros(n_layers, n_features, d_model, device=device))
-        self.b_enc = nn.Parameter(torch.zeros(n_layers, n_features, device=device))
-        self.W_dec = nn.ParameterList(
-            nn.Parameter(torch.zeros(n_features, n_layers - s, d_model, device=device)) for s in range(n_layers)
-        )
-        self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model, device=device))
-        self.log_threshold = nn.Parameter(torch.zeros(n_layers, n_features, device=device))
+        if n_layers % architecture.models:
+            raise ShapeError(
+                f"as many layers of each of {architecture.models} models",
+                found=f"{n_layers} layers",
+                where="architecture.models",
+                fix="cache the same layers of every model",
+            )
+        architecture.check(n_features)
+        self.architecture = architecture
+        self.topology = make_topology(architecture.topology, n_layers)
+        self.n_layers, self.n_sources = n_layers, self.topology.n_sources
+        self.n_features, self.d_model = n_features, d_model
+        n_reads = sum(len(reads) for reads in self.topology.reads)
+        self.W_enc = nn.Parameter(torch.zeros(n_reads, n_features, d_model))
+        self.b_enc = nn.Parameter(torch.zeros(self.n_sources, n_features))
+        self.decoder = make_decoder(architecture, self.topology, n_features, d_model)
+        self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
+        self.log_threshold = nn.Parameter(torch.zeros(self.n_sources, n_features))
+        self.W_skip = nn.Parameter(torch.zeros(n_layers, d_model, d_model)) if architecture.skip else None
+        if device is not None:
+            self.to(device)
 
     @property
-    def threshold(self) -> Float[Tensor, "layer feature"]:
+    def W_dec(self) -> nn.ParameterList:
+        """Decoder vectors [feature target d_model] per source; target k of source s of a CLT is layer s + k.
+
+        Raises:
+            ShapeError: the decoders have another form; `decoder_block` makes vectors of most.
+        """
+        if type(self.decoder) is not Untied:
+            raise ShapeError(
+                "a decoder per source and target",
+                found=type(self.decoder).__name__,
+                where="W_dec",
+                fix="use decoder_block",
+            )
+        return self.decoder.W_dec
+
+    @property
+    def threshold(self) -> Float[Tensor, "source feature"]:
         """What a pre-activation must exceed for the feature to fire; in units of the pre-activation."""
         return self.log_threshold.exp()
 
-    def pre_activations(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer feature"]:
-        """Read every layer's MLP input with that layer's encoder, before the nonlinearity."""
-        return einsum(x, self.W_enc, "token layer d_model, layer feature d_model -> token layer feature") + self.b_enc
+    def pre_activations(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token source feature"]:
+        """Read every source's layers with its encoders, before the nonlinearity."""
+        if self.topology.reads_one:
+            return (
+                einsum(x, self.W_enc, "token layer d_model, layer feature d_model -> token layer feature") + self.b_enc
+            )
+        return torch.stack([self.pre_activations_source(source, x) for source in range(self.n_sources)], dim=1)
+
+    def pre_activations_source(
+        self, source: int, x: Float[Tensor, "token layer d_model"], features: slice = ALL
+    ) -> Float[Tensor, "token feature"]:
+        """As `pre_activations`, for one source's features or a block of them."""
+        first, *others = zip(self.topology.encoders(source), self.topology.reads[source], strict=True)
+        pre = nn.functional.linear(x[:, first[1]], self.W_enc[first[0], features], self.b_enc[source, features])
+        for row, layer in others:
+            pre = pre + x[:, layer] @ self.W_enc[row, features].T
+        return pre
 
     def pre_activations_layer(
-        self, layer: int, x: Float[Tensor, "token d_model"], features: slice = slice(None)
+        self, layer: int, x: Float[Tensor, "token d_model"], features: slice = ALL
     ) -> Float[Tensor, "token feature"]:
-        """As `pre_activations`, for one layer's features or a block of them."""
-        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc[layer,
-        # features]
+        """As `pre_activations_source`, from the one layer that the source reads.
+
+        Raises:
+            ShapeError: sources read several layers.
+        """
+        if not self.topology.reads_one:
+            raise ShapeError(
+                "features that read one layer",
+                found=f"topology {self.architecture.topology}",
+                where=f"layer {layer}",
+                fix="use pre_activations_source with the activations of all layers",
+            )
+        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc[layer, features]
         return nn.functional.linear(x, self.W_enc[layer, features], self.b_enc[layer, features])
 
-    def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer feature"]:
+    def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token source feature"]:
         """Activations of all features: the pre-activation where it exceeds the threshold, else zero."""
         return jumprelu(self.pre_activations(x), self.log_threshold)
 
-    def encode_layer(
-        self, layer: int, x: Float[Tensor, "token d_model"], features: slice = slice(None)
+    def encode_source(
+        self, source: int, x: Float[Tensor, "token layer d_model"], features: slice = ALL
     ) -> Float[Tensor, "token feature"]:
-        """Activations of one layer's features, or of a block of them, without computing the others.
+        """Activations of one source's features, or of a block of them, without computing the others."""
+        return jumprelu(self.pre_activations_source(source, x, features), self.log_threshold[source, features])
+
+    def encode_layer(
+        self, layer: int, x: Float[Tensor, "token d_model"], features: slice = ALL
+    ) -> Float[Tensor, "token feature"]:
+        """As `encode_source`, from the one layer that the source reads.
 
         Args:
             features: Which of the layer's features; the output's feature axis has the slice's length.
         """
         return jumprelu(self.pre_activations_layer(layer, x, features), self.log_threshold[layer, features])
 
-    def decode_layer(self, source: int, a: Float[Tensor, "token feature"]) -> Float[Tensor, "token target d_model"]:
-        """What one layer's features write to that layer and all later ones, without decoder bias."""
-        # einsum(a, W_dec[source], "token feature, feature target d_model -> token target d_model")
-        flat = a @ rearrange(self.W_dec[source], "feature target d_model -> feature (target d_model)")
-        return rearrange(flat, "token (target d_model) -> token target d_model", d_model=self.d_model)
+    def decode_layer(
+        self, source: int, a: Float[Tensor, "token feature"], x: Float[Tensor, "token d_model"] | None = None
+    ) -> Float[Tensor, "token target d_model"]:
+        """What one source's features write to its targets, without decoder bias and skip connection.
 
-    def decode(self, a: Float[Tensor, "token layer feature"]) -> Float[Tensor, "token layer d_model"]:
-        """Add up what every feature writes: layer m receives b_dec[m] and the writings of all layers up to m."""
-        return self.add_up([self.decode_layer(source, a[:, source]) for source in range(self.n_layers)])
+        Args:
+            x: What the source read; only a mixture of transforms needs it.
+        """
+        return self.decoder.written(source, Dense(a), x)
 
-    def add_up(self, written: list[Float[Tensor, "token ... d_model"]]) -> Float[Tensor, "token layer d_model"]:
-        """Sum what each source wrote (`decode_layer`, in order of sources) into the layers it wrote to, with biases."""
+    def decode(
+        self,
+        a: Float[Tensor, "token source feature"],
+        x: Float[Tensor, "token layer d_model"] | None = None,
+    ) -> Float[Tensor, "token layer d_model"]:
+        """Add up what every feature writes, the decoder biases and what skips the features.
+
+        Args:
+            x: What was encoded; only a skip connection and a mixture of transforms need it.
+
+        Raises:
+            ShapeError: it is needed and missing.
+        """
+        written = [
+            self.decode_layer(source, a[:, source], None if x is None else x[:, source])
+            for source in range(self.n_sources)
+        ]
+        return self.add_up(written, x)
+
+    def add_up(
+        self, written: list[Float[Tensor, "token _ d_model"]], x: Float[Tensor, "token layer d_model"] | None = None
+    ) -> Float[Tensor, "token layer d_model"]:
+        """Sum what each source wrote (`decode_layer`, in order of sources) into the layers it wrote to, with biases.
+
+        Args:
+            x: What was encoded; only a skip connection needs it.
+
+        Raises:
+            ShapeError: it is needed and missing.
+        """
+        parts: list[list[Tensor]] = [[] for _ in range(self.n_layers)]
+        for source, targets in enumerate(self.topology.writes):
+            for index, target in enumerate(targets):
+                parts[target].append(written[source][:, index])
         return torch.stack(
-            [
-                self.b_dec[layer] + sum(written[source][:, layer - source] for source in range(layer + 1))
-                for layer in range(self.n_layers)
-            ],
-            dim=1,
+            [self.b_dec[layer] + sum(found) + self._skipped(layer, x) for layer, found in enumerate(parts)], dim=1
         )
 
-    def forward(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer d_model"]:
-        """Reconstruct the MLP outputs of all layers from the MLP inputs of all layers."""
-        return self.decode(self.encode(x))
+    def _skipped(self, layer: int, x: Float[Tensor, "token layer d_model"] | None) -> Tensor | float:
+        if self.W_skip is None:
+            return 0.0
+        if x is None:
+            raise ShapeError(
+                "what the skip connection reads",
+                found="activations alone",
+                where="decode",
+                fix="pass the MLP inputs x too",
+            )
+        return self.skip_layer(layer, x[:, layer])
 
-    def decoder_norms(self) -> Float[Tensor, "layer feature"]:
-        """Length of each feature's decoder vectors concatenated over its targets (not a sum of lengths)."""
-        return torch.stack([self.W_dec[s].square().sum(dim=(1, 2)).sqrt() for s in range(self.n_layers)])
+    def skip_layer(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """W_skip x of one layer; zero without a skip connection."""
+        return torch.zeros_like(x) if self.W_skip is None else x @ self.W_skip[layer].T
+
+    def forward(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer d_model"]:
+        """Reconstruct the outputs of all layers from the inputs of all layers."""
+        return self.decode(self.encode(x), x)
+
+    def decoder_block(self, source: int, features: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """Decoder vectors of a source's features.
+
+        Raises:
+            ShapeError: what the features write is not a vector times the activation.
+        """
+        return self.decoder.block(source, features)
+
+    def decoder_norms(self, kind: str = "concatenated") -> Float[Tensor, "source feature"]:
+        """What each feature writes: length of its decoder vectors put one after the other.
+
+        Args:
+            kind: "concatenated", or "summed" for the sum of the lengths instead.
+        """
+        by_target = [self.decoder.target_norms(source) for source in range(self.n_sources)]
+        if kind == "summed":
+            return torch.stack([norms.sum(dim=1) for norms in by_target])
+        return torch.stack([torch.linalg.vector_norm(norms, dim=1) for norms in by_target])

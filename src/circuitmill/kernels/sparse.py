@@ -1,12 +1,13 @@
 """The same layer with only the places that matter: features that fire, or nearly fire, on a token.
 
 Outside the kernel of the straight-through derivative an inactive place contributes neither to the value nor
-to any gradient of JumpReLU, decoder and tanh sparsity. Keeping the places with h > theta - bandwidth / 2 is
+to any gradient of JumpReLU, decoder and sparsity. Keeping the places with h > theta - bandwidth / 2 is
 therefore exact, and with few of them (some per cent) several times faster on a CPU than products with a
 matrix that is nearly all zero.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,30 +41,84 @@ class Entries:
 
 
 @torch.no_grad()
-def places_above(pre: Float[Tensor, "token feature"], floor: Float[Tensor, " feature"]) -> Entries:
-    """The places where a pre-activation exceeds its feature's floor.
+def places(kept: Bool[Tensor, "token feature"]) -> Entries:
+    """The places that are true.
 
-    >>> places_above(torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.ones(2)).feature
+    >>> places(torch.tensor([[False, True], [True, False]])).feature
     tensor([1, 0])
     """
-    n_tokens, n_features = pre.shape
-    flat = (pre > floor).flatten().nonzero().flatten()
-    rows = torch.arange(n_tokens, device=pre.device) * n_features
+    return _entries(kept.flatten().nonzero().flatten(), *kept.shape)
+
+
+def _entries(flat: Int[Tensor, " entry"], n_tokens: int, n_features: int) -> Entries:
+    rows = torch.arange(n_tokens, device=flat.device) * n_features
     return Entries(flat, flat % n_features, torch.searchsorted(flat, rows), n_features)
 
 
-def decode_entries(
-    entries: Entries, values: Float[Tensor, " entry"], block: Float[Tensor, "feature target d_model"]
-) -> Float[Tensor, "token target d_model"]:
-    """What the kept features write: equal to the dense product with `values` at their places and zeros elsewhere."""
-    written = nn.functional.embedding_bag(
-        entries.feature, block.flatten(1), entries.offsets, mode="sum", per_sample_weights=values
-    )
-    return written.view(entries.n_tokens, *block.shape[1:])
+@dataclass(frozen=True)
+class Sparse:
+    """`core.operand.Operand` of kept places; everywhere else the activation is zero."""
+
+    entries: Entries
+    values: Float[Tensor, " entry"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows."""
+        return self.entries.n_tokens
+
+    @property
+    def n_features(self) -> int:
+        """Columns."""
+        return self.entries.n_features
+
+    def times(self, weight: Float[Tensor, "feature column"]) -> Float[Tensor, "token column"]:
+        """The matrix product: for each token the weighted sum of the rows of its entries."""
+        return nn.functional.embedding_bag(
+            self.entries.feature, weight, self.entries.offsets, mode="sum", per_sample_weights=self.values
+        )
+
+    def adjusted(self, scale: Float[Tensor, " feature"] | None, offset: Float[Tensor, " feature"] | None) -> "Sparse":
+        """Activations times a factor per feature, plus a number per feature where the feature is active."""
+        index = self.entries.feature
+        changed = self.values if scale is None else self.values * scale[index]
+        return replace(self, values=changed if offset is None else changed + (self.values > 0) * offset[index])
+
+    def within(self, span: slice) -> "Sparse":
+        """The entries of a stretch of features, numbered from 0."""
+        first, last, _ = span.indices(self.n_features)
+        if (first, last) == (0, self.n_features):
+            return self
+        inside = ((self.entries.feature >= first) & (self.entries.feature < last)).nonzero().flatten()
+        token = self.entries.flat[inside] // self.n_features
+        flat = token * (last - first) + self.entries.feature[inside] - first
+        return Sparse(_entries(flat, self.n_tokens, last - first), self.values[inside])
+
+    def total(
+        self, function: Callable[[Tensor], Tensor], weight: Float[Tensor, " feature"] | None = None
+    ) -> Float[Tensor, ""]:
+        """Sum of function(activation * weight) over tokens and features; the function must be 0 at 0."""
+        return function(self.values if weight is None else self.values * weight[self.entries.feature]).sum()
+
+    def firings(self) -> Int[Tensor, " feature"]:
+        """Tokens on which each feature's activation is above zero."""
+        fires = self.values.detach() > 0
+        return torch.bincount(self.entries.feature[fires], minlength=self.n_features)
+
+    def dense(self) -> Float[Tensor, "token feature"]:
+        """The whole matrix."""
+        whole = self.values.new_zeros(self.n_tokens * self.n_features)
+        return whole.index_put((self.entries.flat,), self.values).view(self.n_tokens, self.n_features)
 
 
-def fired(entries: Entries, values: Float[Tensor, " entry"]) -> Bool[Tensor, " feature"]:
-    """Which features have a value above zero on any token."""
-    found = torch.zeros(entries.n_features, dtype=torch.bool, device=values.device)
-    found[entries.feature[values > 0]] = True
-    return found
+def strongest(pre: Float[Tensor, "token feature"], k: int, allowed: Bool[Tensor, " feature"]) -> Sparse:
+    """The k largest positive pre-activations of each token among the allowed features.
+
+    >>> strongest(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), 2, torch.tensor([False, True, True, True])).dense()
+    tensor([[0., 0., 2., 1.]])
+    """
+    chosen = allowed.nonzero().flatten()
+    values, index = pre[:, chosen].relu().topk(min(k, len(chosen)), dim=1)
+    rows = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
+    flat, order = (rows + chosen[index]).flatten().sort()
+    return Sparse(_entries(flat, *pre.shape), values.flatten()[order])

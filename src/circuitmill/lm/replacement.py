@@ -70,12 +70,12 @@ class _Reconstruction:
         if layer == 0:
             self._written.clear()
         features = self._transcoder.encode_layer(layer, x)
-        contributions = self._transcoder.decode_layer(layer, features)
-        for target in range(contributions.shape[1]):
-            earlier = self._written.get(layer + target)
-            now = contributions[:, target]
-            self._written[layer + target] = now if earlier is None else earlier + now
-        return self._written.pop(layer) + self._transcoder.b_dec[layer]
+        contributions = self._transcoder.decode_layer(layer, features, x)
+        for index, target in enumerate(self._transcoder.topology.writes[layer]):
+            earlier = self._written.get(target)
+            now = contributions[:, index]
+            self._written[target] = now if earlier is None else earlier + now
+        return self._written.pop(layer) + self._transcoder.b_dec[layer] + self._transcoder.skip_layer(layer, x)
 
 
 def check_fits(lm: LanguageModel, transcoder: Transcoder) -> None:

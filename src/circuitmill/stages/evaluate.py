@@ -33,10 +33,10 @@ from circuitmill.lm.load import LanguageModel, load_language_model, tokenizer_di
 from circuitmill.lm.measure import changed_models, measure_behaviour, measure_fit, measure_one_layer
 from circuitmill.lm.replacement import original_logits
 from circuitmill.logs import progress
-from circuitmill.stores.clt import load_clt
 from circuitmill.stores.files import atomic_write
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_upstreams
 from circuitmill.stores.tokens import TokenStore, write_parquet
+from circuitmill.stores.transcoders import load_transcoder
 from circuitmill.toyworld.tasks import score_tasks
 from circuitmill.viz import plots
 
@@ -56,7 +56,7 @@ def run(cfg: EvaluateConfig, *, tokenize: Path, train: Path, toyworld: Path | No
     upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, train=train)
     world, device = upstreams.get("toyworld"), distributed.device()
     lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=device)
-    transcoder = load_clt(upstreams["train"].folder / "model").to(device)
+    transcoder = load_transcoder(upstreams["train"].folder / "model").to(device)
     store = _token_store(upstreams["tokenize"], lm)
     output = StageOutput("evaluate", cfg, upstreams, out)
 

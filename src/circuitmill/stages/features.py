@@ -31,7 +31,6 @@ from circuitmill.lm.replacement import check_fits
 from circuitmill.lm.texts import Words
 from circuitmill.logs import progress
 from circuitmill.stores.activations import ActivationStore
-from circuitmill.stores.clt import load_clt
 from circuitmill.stores.feature_windows import WindowRows, fetch_windows
 from circuitmill.stores.feature_writer import (
     features_table,
@@ -44,6 +43,7 @@ from circuitmill.stores.features import BLOCKS, INDEX, block_span
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest, load_upstreams, plain
 from circuitmill.stores.pieces import Activations, Pieces
 from circuitmill.stores.tokens import SPLITS, TokenStore, write_parquet
+from circuitmill.stores.transcoders import load_transcoder
 
 PIECE_NUMBERS = 2**24
 """Activations held at once: tokens of a piece x features of a block."""
@@ -68,7 +68,7 @@ def run_unit(
         UpstreamError: the output of an earlier stage is missing or stale, or made with another model.
     """
     upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache, train=train)
-    transcoder = load_clt(upstreams["train"].folder / "model").to(distributed.device())
+    transcoder = load_transcoder(upstreams["train"].folder / "model").to(distributed.device())
     features = FeatureBlock(transcoder, _span(cfg, block, transcoder))
     lm = _language_model(cfg, upstreams, transcoder)
     splits = _splits(cfg, upstreams, features, lm)

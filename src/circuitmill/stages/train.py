@@ -1,8 +1,9 @@
-"""Stage `train`: a JumpReLU cross-layer transcoder on the cached activations.
+"""Stage `train`: a transcoder on the cached activations.
 
 | written | what |
 |---|---|
-| model/ | the transcoder in circuit-tracer's layout, scales folded in (stores/clt.py) |
+| model/ | the transcoder, scales folded in (stores/transcoders.py) |
+| circuit_tracer/ | the same as a cross-layer transcoder, if `model/` is another kind that can be traced |
 | metrics.jsonl | a row per `train.log_tokens`: loss terms, explained variance, L0 and more, of the batch at
 hand |
 | checkpoints/ | newest states of the training, to continue from (stores/checkpoints.py) |
@@ -26,6 +27,7 @@ from circuitmill.config.cache import CacheConfig
 from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.scaling import Scaling, fold
+from circuitmill.core.transcoder import Transcoder
 from circuitmill.distributed import Ranks
 from circuitmill.errors import UpstreamError
 from circuitmill.lm.stream import ExpectedModel, LiveBlocks
@@ -38,6 +40,7 @@ from circuitmill.stores.files import digest_of
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams, plain
 from circuitmill.stores.normalization import load_normalization
 from circuitmill.stores.tokens import TokenStore
+from circuitmill.stores.transcoders import as_clt, is_plain_clt, save_transcoder
 from circuitmill.training import parallel
 from circuitmill.training.batches import Batches, Targets
 from circuitmill.training.interrupt import StopRequest
@@ -47,6 +50,7 @@ from circuitmill.training.state import TrainState, start
 
 METRICS = "metrics.jsonl"
 MODEL = "model"
+TRACED = "circuit_tracer"
 WANDB = "wandb"
 """Not in the manifest: it names the machine and the time."""
 
@@ -71,19 +75,22 @@ def run(cfg: TrainConfig, *, tokenize: Path, cache: Path, toyworld: Path | None 
     output = StageOutput("train", cfg, inputs, out, keep=(WANDB,)) if ranks.first else None
     parallel.wait_for_all(ranks)  # until rank 0 has cleared what another configuration left
     normalization = load_normalization(inputs["cache"].checked_file(NORMALIZATION))
-    scaling = Scaling(normalization.input_scale, normalization.output_scale)
+    scaling = normalization.scaling(cfg.scaling)
     state = _train(cfg, inputs, scaling, out, ranks)
     if output is not None:
-        name = inputs["cache"].config["model"]["name"]
-        save_clt(
-            output.path(MODEL),
-            fold(state.transcoder, scaling.to(state.idle.device)),
-            scan=f"{name}-clt",
-            model_name=name,
-        )
+        _save(cfg, fold(state.transcoder, scaling.to(state.idle.device)), inputs["cache"], output)
         output.finish(_counts(cfg, state, read_metrics(out / METRICS)[-1]))
     parallel.wait_for_all(ranks)
     return load_manifest(out / "manifest.json", "train")
+
+
+def _save(cfg: TrainConfig, transcoder: Transcoder, cache: Manifest, output: StageOutput) -> None:
+    """The finished transcoder, and what circuit-tracer reads of it if that is another file."""
+    name = cache.config["model"]["name"]
+    label = {"scan": f"{name}-{cfg.architecture.topology}", "model_name": name}
+    save_transcoder(output.path(MODEL), transcoder, **label)
+    if not is_plain_clt(transcoder) and not transcoder.architecture.untraceable:
+        save_clt(output.path(TRACED), as_clt(transcoder), **label)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from jaxtyping import Float
-from torch import Tensor
 
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import StoreError
@@ -90,12 +88,12 @@ def load_clt(folder: Path) -> Transcoder:
         tensors = read_tensors(path, {f"{name}_{layer}": shape for name, shape in shapes.items()})
         check_floating(tensors, path)
         threshold = tensors[f"threshold_{layer}"]
-        if not (threshold > 0).all():
+        if not (threshold >= 0).all():
             raise StoreError(
-                f"expected positive values in threshold_{layer}",
+                f"expected values of at least zero in threshold_{layer}",
                 found=f"{threshold.min().item():g}",
                 where=path,
-                fix="only JumpReLU transcoders with positive thresholds can be loaded",
+                fix="only transcoders with a ReLU or with JumpReLU's positive thresholds can be loaded",
             )
         transcoder.W_enc[layer] = tensors[f"W_enc_{layer}"]
         transcoder.b_enc[layer] = tensors[f"b_enc_{layer}"]
@@ -106,25 +104,6 @@ def load_clt(folder: Path) -> Transcoder:
         check_floating(tensors, path)
         transcoder.W_dec[layer].copy_(tensors[f"W_dec_{layer}"])
     return transcoder.requires_grad_(False)
-
-
-def read_decoder(folder: Path, layer: int) -> Float[Tensor, "feature target d_model"]:
-    """What the features of one layer write, without reading the rest of the transcoder.
-
-    Raises:
-        StoreError: the file is missing, damaged, or holds something else.
-    """
-    path, name = folder / f"W_dec_{layer}.safetensors", f"W_dec_{layer}"
-    tensors = read_tensors(path)
-    check_floating(tensors, path)
-    if set(tensors) != {name} or tensors[name].ndim != 3:
-        raise StoreError(
-            f"expected one tensor {name} [feature target d_model]",
-            found=str({key: tuple(tensor.shape) for key, tensor in tensors.items()}),
-            where=path,
-            fix="rerun the stage train",
-        )
-    return tensors[name]
 
 
 def _count_layers(folder: Path) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
@@ -23,7 +24,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from circuitmill.core.codecs import Channels
-from circuitmill.errors import DivergedError, StoreError
+from circuitmill.core.scaling import Scaling
+from circuitmill.errors import ConfigError, DivergedError, StoreError
 from circuitmill.stores.files import atomic_write
 
 _BLOCK_VALUES = 2**18
@@ -120,12 +122,33 @@ def moments_of(x: Float[Tensor, "token layer d_model"], what: str) -> Moments:
 
 @dataclass(frozen=True)
 class Normalization:
-    """What training divides by: one factor per layer for inputs and one for outputs, and the means."""
+    """What training divides by: one factor per layer and side; and mean and standard deviation of every dimension."""
 
     input_scale: Float[Tensor, " layer"]
     output_scale: Float[Tensor, " layer"]
     input_mean: Float[Tensor, "layer d_model"]
     output_mean: Float[Tensor, "layer d_model"]
+    input_std: Float[Tensor, "layer d_model"]
+    output_std: Float[Tensor, "layer d_model"]
+
+    def scaling(self, kind: Literal["rms", "standardize"]) -> Scaling:
+        """Units of a training: E||x||^2 = d_model per layer, or mean 0 and variance 1 of every dimension.
+
+        Raises:
+            ConfigError: a dimension never varies and so has no standard deviation to divide by.
+        """
+        if kind == "rms":
+            return Scaling.by_layer(self.input_scale, self.output_scale, self.input_mean.shape[1])
+        for what, std in (("input", self.input_std), ("output", self.output_std)):
+            if not bool((std > 0).all()):
+                layer, dimension = (std <= 0).nonzero()[0].tolist()
+                raise ConfigError(
+                    f"{what}s that vary in every dimension",
+                    found=f"a constant in dimension {dimension} of layer {layer}",
+                    where="train.scaling",
+                    fix="use rms",
+                )
+        return Scaling(1 / self.input_std, 1 / self.output_std, self.input_mean, self.output_mean)
 
 
 def save_moments(path: Path, inputs: Moments, outputs: Moments, *, scales: bool = False) -> None:
@@ -185,7 +208,10 @@ def load_normalization(path: Path) -> Normalization:
     """
     tensors = _load(path, "rerun stage cache")
     names = ("input_scale", "output_scale", "input_mean", "output_mean")
-    return Normalization(**{name: tensors[name].to(torch.float32) for name in names})
+    found = {name: tensors[name].to(torch.float32) for name in names}
+    for side in ("input", "output"):
+        found[f"{side}_std"] = (tensors[f"{side}_m2"] / tensors["count"]).sqrt().to(torch.float32)
+    return Normalization(**found)
 
 
 def merge_moments(parts: Iterable[tuple[Moments, Moments]]) -> tuple[Moments, Moments]:

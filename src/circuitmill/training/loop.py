@@ -21,8 +21,7 @@ from circuitmill.errors import DivergedError, InterruptedRun
 from circuitmill.training import parallel, schedules
 from circuitmill.training.batches import Batches, Pair
 from circuitmill.training.monitor import Row
-from circuitmill.training.objective import BatchResult, evaluate_batch
-from circuitmill.training.optimizer import set_learning_rate
+from circuitmill.training.objective import BatchResult, Moment, coefficients_at, evaluate_batch
 from circuitmill.training.state import TrainState
 
 
@@ -58,13 +57,13 @@ def train(
         pair = clock.wait_for(lambda: batches.get(state.step))
         result, grad_norm = _step(cfg, state, pair, ranks)
         # the last element carries the request to stop, so that all ranks leave after the same step
-        asked = torch.tensor([stop()], device=result.fired.device)
-        flags = parallel.any_rank(torch.cat([result.fired.flatten(), asked]), ranks)
-        fired, stopping = flags[:-1].view_as(result.fired), bool(flags[-1])
-        state.idle = torch.where(fired, 0, state.idle + cfg.batch_tokens)
+        asked = torch.tensor([stop()], device=result.firings.device, dtype=result.firings.dtype)
+        counts = parallel.total(torch.cat([result.firings.flatten(), asked]), ranks)
+        firings, stopping = counts[:-1].view_as(result.firings), bool(counts[-1])
+        state.seen(firings, parallel.least(result.least, ranks), cfg)
         state.step += 1
         last = state.step == cfg.steps
-        if last or _passed(cfg.log_tokens, state.step, cfg.batch_tokens):
+        if last or _passed(cfg.monitor.log_tokens, state.step, cfg.batch_tokens):
             log(_row(cfg, state, pair, result, grad_norm, ranks) | clock.lap(state.step * cfg.batch_tokens))
         advance(cfg.batch_tokens)
         if last or stopping or _passed(cfg.checkpoint_tokens, state.step, cfg.batch_tokens):
@@ -81,27 +80,25 @@ def train(
 def _step(cfg: TrainConfig, state: TrainState, pair: Pair, ranks: Ranks) -> tuple[BatchResult, torch.Tensor]:
     """One update; returns what the batch gave and the gradient's norm before clipping."""
     tokens = (state.step + 1) * cfg.batch_tokens
-    sparsity = schedules.ramp(tokens, final=cfg.loss.sparsity, total=cfg.tokens)
-    result = evaluate_batch(state.transcoder, *pair, cfg, sparsity=sparsity, dead=state.dead(cfg.dead_tokens))
+    moment = Moment(tokens, state.dead(cfg.dead_tokens), state.density)
+    result = evaluate_batch(state.transcoder, *pair, cfg, moment)
     for name, term in result.terms.items():
         _require_finite(term, f"{name} term of the loss", state.step)
-    parameters = list(state.transcoder.parameters())
+    parameters = state.optimizer.parameters
     result.loss.backward()
     parallel.average_gradients(parameters, ranks)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.optimizer.clip_norm)
     _require_finite(grad_norm, "gradient norm", state.step)
-    set_learning_rate(
-        state.optimizer,
+    state.optimizer.step(
         schedules.learning_rate(
             tokens,
             peak=cfg.lr,
             total=cfg.steps * cfg.batch_tokens,
             warmup=cfg.warmup_tokens,
             decay_share=cfg.decay_share,
-        ),
+            kind=cfg.schedule,
+        )
     )
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
     return result, grad_norm
 
 
@@ -111,7 +108,7 @@ def _require_finite(value: torch.Tensor, name: str, step: int) -> None:
             f"a finite {name}",
             found=f"{value.item()} at step {step}",
             where="train",
-            fix="lower train.lr or train.loss.sparsity; the last checkpoint is from before this step",
+            fix="lower train.lr or the coefficients of train.loss; the last checkpoint is from before this step",
         )
 
 
@@ -146,8 +143,8 @@ def _row(
         "ev_per_layer": ev.per_layer().tolist(),
         "l0": parallel.average(result.l0, ranks).tolist(),
         "dead": state.dead(cfg.dead_tokens).double().mean().item(),
-        "lr": state.optimizer.param_groups[0]["lr"],
-        "sparsity": schedules.ramp(tokens, final=cfg.loss.sparsity, total=cfg.tokens),
+        "lr": state.optimizer.lr,
+        "coefficients": coefficients_at(cfg, tokens),
         "grad_norm": grad_norm.item(),
     }
 

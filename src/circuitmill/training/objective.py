@@ -1,23 +1,23 @@
-"""The loss of one batch as named terms.
+"""The loss of one batch as a sum of named terms.
 
-    L = sum_m ||y^m - yhat^m||^2  +  lambda(t) sum tanh(c norm a)  +  lambda_P sum relu(theta - h) norm
-        + alpha ||e - ehat_dead||^2,
-
-means over tokens. Encoders run once and layer by layer, so that what is alive at a time stays in the
+Encoders run once and, if the nonlinearity allows, source by source, so that what is alive at a time stays in the
 processor's cache; decoder norms are computed once; each source is multiplied with all its targets at once.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitmill.config.train import TrainConfig
-from circuitmill.core import losses
-from circuitmill.core.nonlinearity import jumprelu
+from circuitmill.core.decoders import spans_of
+from circuitmill.core.losses import Evaluation, find_term
+from circuitmill.core.nonlinearity import NONLINEARITIES, Nonlinearity, Settings, find_nonlinearity, jumprelu
+from circuitmill.core.operand import Dense, Operand
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.kernels import sparse
+from circuitmill.training import schedules
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,40 @@ class BatchResult:
     """The weighted sum of the terms; what is differentiated."""
     y_hat: Float[Tensor, "token layer d_model"]
     """The reconstruction, detached."""
-    fired: Bool[Tensor, "layer feature"]
-    """Which features fired on any of the tokens."""
-    l0: Float[Tensor, " layer"]
-    """Mean number of features firing on a token."""
+    firings: Int[Tensor, "source feature"]
+    """Tokens on which each feature fired."""
+    least: Float[Tensor, " source"]
+    """The smallest activation above zero, by source; infinity if there is none."""
+
+    @property
+    def l0(self) -> Float[Tensor, " source"]:
+        """Mean number of features firing on a token."""
+        return self.firings.sum(dim=1) / self.y_hat.shape[0]
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """What one layer contributes."""
+class Moment:
+    """What changes during the training, at one time."""
 
-    written: Float[Tensor, "token target d_model"]
-    sparsity: Float[Tensor, ""]
-    fired: Bool[Tensor, " feature"]
-    l0: Float[Tensor, ""]
+    tokens: int
+    """Seen at the end of the step."""
+    dead: Bool[Tensor, "source feature"]
+    density: Float[Tensor, "source feature"]
+
+
+def settings_at(cfg: TrainConfig, tokens: int) -> Settings:
+    """The nonlinearity's settings after so many tokens."""
+    own = cfg.nonlinearity
+    k = schedules.interpolate(tokens, start=own.k_start or own.k, final=own.k, over=own.k_ramp_share * cfg.tokens)
+    return Settings(k, own.bandwidth, own.threshold_derivative, own.pass_through)
+
+
+def coefficients_at(cfg: TrainConfig, tokens: int) -> dict[str, float]:
+    """The terms' coefficients after so many tokens."""
+    return {
+        name: schedules.interpolate(tokens, start=0.0, final=term.coefficient, over=term.ramp_share * cfg.tokens)
+        for name, term in cfg.active_terms().items()
+    }
 
 
 def evaluate_batch(
@@ -51,92 +71,92 @@ def evaluate_batch(
     x: Float[Tensor, "token layer d_model"],
     y: Float[Tensor, "token layer d_model"],
     cfg: TrainConfig,
-    *,
-    sparsity: float,
-    dead: Bool[Tensor, "layer feature"],
+    moment: Moment,
 ) -> BatchResult:
-    """Run a transcoder on a batch of normalised inputs and outputs.
-
-    Args:
-        sparsity: Present coefficient of the sparsity term.
-        dead: Features that the auxiliary term asks to explain the error.
-    """
-    norms, threshold = transcoder.decoder_norms(), transcoder.threshold
-    results, pres = [], []
-    lift = x.new_zeros(())
-    for layer in range(transcoder.n_layers):
-        pre = transcoder.pre_activations_layer(layer, x[:, layer])
-        results.append(_layer(transcoder, layer, pre, norms[layer], cfg))
-        if cfg.loss.pre_activation:
-            lift = lift + losses.pre_activation(pre, threshold[layer], norms[layer])
-        pres.append(pre)
-    y_hat = transcoder.add_up([result.written for result in results])
-    rest = x.new_zeros(())
-    if cfg.loss.auxiliary and dead.any():
-        rest = auxiliary_term(transcoder, pres, y - y_hat, dead, cfg.loss.auxiliary_k)
-    weighted = {
-        "reconstruction": (losses.reconstruction(y, y_hat), 1.0),
-        "sparsity": (torch.stack([result.sparsity for result in results]).sum(), sparsity),
-        "pre_activation": (lift, cfg.loss.pre_activation),
-        "auxiliary": (rest, cfg.loss.auxiliary),
-    }
+    """Run a transcoder on a batch of normalised inputs and outputs."""
+    batch = evaluation(transcoder, x, y, cfg, moment)
+    coefficients = coefficients_at(cfg, moment.tokens)
+    terms = {name: find_term(name)(batch, cfg.loss[name]) for name in coefficients}
     return BatchResult(
-        terms={name: term.detach() for name, (term, _) in weighted.items()},
-        loss=torch.stack([coefficient * term for term, coefficient in weighted.values()]).sum(),
-        y_hat=y_hat.detach(),
-        fired=torch.stack([result.fired for result in results]),
-        l0=torch.stack([result.l0 for result in results]),
+        terms={name: term.detach() for name, term in terms.items()},
+        loss=torch.stack([coefficients[name] * term for name, term in terms.items()]).sum(),
+        y_hat=batch.y_hats[-1].detach(),
+        firings=torch.stack([a.firings() for a in batch.a]),
+        least=torch.stack([_least(a) for a in batch.a]),
     )
 
 
-def _layer(
+def evaluation(
     transcoder: Transcoder,
-    layer: int,
-    pre: Float[Tensor, "token feature"],
-    norms: Float[Tensor, " feature"],
+    x: Float[Tensor, "token layer d_model"],
+    y: Float[Tensor, "token layer d_model"],
     cfg: TrainConfig,
-) -> LayerResult:
-    """Nonlinearity, sparsity and decoder of one layer, by the cheaper of two equal ways."""
-    log_threshold = transcoder.log_threshold[layer]
-    scale, n_tokens = cfg.loss.sparsity_scale, pre.shape[0]
-    if pre.device.type == "cpu":
-        entries = sparse.places_above(pre, log_threshold.detach().exp() - cfg.bandwidth / 2)
+    moment: Moment,
+) -> Evaluation:
+    """Pre-activations, activations and reconstructions of a batch, ready for terms of the loss."""
+    settings = settings_at(cfg, moment.tokens)
+    spans = spans_of(cfg.architecture.prefixes, cfg.n_features)
+    pre, operands, written = [], [], []
+    row = find_nonlinearity(cfg.nonlinearity.name)
+    if row.scope == "all":
+        pre = [transcoder.pre_activations_source(source, x) for source in range(transcoder.n_sources)]
+        together = row.apply(torch.stack(pre, dim=1), transcoder.log_threshold, settings)
+        operands = [_operand(together[:, source]) for source in range(transcoder.n_sources)]
+    for source in range(transcoder.n_sources):
+        if row.scope == "source":
+            pre.append(transcoder.pre_activations_source(source, x))
+            operands.append(_activated(row, pre[source], transcoder.log_threshold[source], settings))
+        written.append(
+            [transcoder.decoder.written(source, operands[source].within(span), x[:, source], span) for span in spans]
+        )
+    y_hats = _reconstructions(transcoder, x, written)
+    return Evaluation(transcoder, x, y, pre, operands, y_hats, settings, moment.dead, moment.density)
+
+
+def _activated(
+    row: Nonlinearity,
+    pre: Float[Tensor, "token feature"],
+    log_threshold: Float[Tensor, " feature"],
+    settings: Settings,
+) -> Operand:
+    """Activations of one source, by the cheaper of two equal ways."""
+    if row is NONLINEARITIES["jumprelu"] and pre.device.type == "cpu":
+        entries = sparse.places(pre.detach() > log_threshold.detach().exp() - settings.bandwidth / 2)
         if entries.flat.shape[0] <= sparse.WORTHWHILE * pre.numel():
-            index = entries.feature
-            a = jumprelu(entries.gather(pre), log_threshold[index], cfg.bandwidth, cfg.threshold_derivative)
-            return LayerResult(
-                written=sparse.decode_entries(entries, a, transcoder.W_dec[layer]),
-                sparsity=torch.tanh(a * (norms[index] * scale)).sum() / n_tokens,
-                fired=sparse.fired(entries, a.detach()),
-                l0=(a.detach() > 0).sum() / n_tokens,
-            )
-    a = jumprelu(pre, log_threshold, cfg.bandwidth, cfg.threshold_derivative)
-    fires = a.detach() > 0
-    return LayerResult(
-        written=transcoder.decode_layer(layer, a),
-        sparsity=losses.tanh_sparsity(a, norms, scale),
-        fired=fires.any(dim=0),
-        l0=fires.sum() / n_tokens,
-    )
+            here = log_threshold[entries.feature]
+            values = jumprelu(entries.gather(pre), here, settings.bandwidth, settings.derivative, settings.pass_through)
+            return sparse.Sparse(entries, values)
+        return Dense(jumprelu(pre, log_threshold, settings.bandwidth, settings.derivative, settings.pass_through))
+    return _operand(row.apply(pre[:, None], log_threshold[None], settings)[:, 0])
 
 
-def auxiliary_term(
+def _operand(a: Float[Tensor, "token feature"]) -> Operand:
+    """Activations that get a gradient only where they are above zero, dense or as the places where they are."""
+    if a.device.type == "cpu":
+        entries = sparse.places(a.detach() > 0)
+        if entries.flat.shape[0] <= sparse.WORTHWHILE * a.numel():
+            return sparse.Sparse(entries, entries.gather(a))
+    return Dense(a)
+
+
+def _reconstructions(
     transcoder: Transcoder,
-    pres: list[Float[Tensor, "token feature"]],
-    error: Float[Tensor, "token layer d_model"],
-    dead: Bool[Tensor, "layer feature"],
-    k: int,
-) -> Float[Tensor, ""]:
-    """The error that the dead features leave, weighted down while fewer than k per layer are dead.
+    x: Float[Tensor, "token layer d_model"],
+    written: list[list[Float[Tensor, "token _ d_model"]]],
+) -> list[Float[Tensor, "token layer d_model"]]:
+    """What each Matryoshka prefix reconstructs: every stretch of features is decoded once and added to those before.
 
-    Only dead rows of encoder and decoder take part, so the cost is in proportion to their number.
+    The biases and the skip connection are in every prefix.
     """
-    written = []
-    for layer, pre in enumerate(pres):
-        chosen = dead[layer].nonzero().flatten()
-        a = losses.strongest(pre[:, chosen], k)
-        block = transcoder.W_dec[layer][chosen]
-        written.append((a @ block.flatten(1)).view(a.shape[0], *block.shape[1:]))
-    error_hat = transcoder.add_up(written) - transcoder.b_dec
-    weight = min(1.0, float(dead.sum()) / (k * transcoder.n_layers))
-    return weight * losses.auxiliary(error, error_hat)
+    so_far = [parts[0] for parts in written]
+    found = [transcoder.add_up(so_far, x)]
+    for index in range(1, len(written[0])):
+        so_far = [before + parts[index] for before, parts in zip(so_far, written, strict=True)]
+        found.append(transcoder.add_up(so_far, x))
+    return found
+
+
+def _least(a: Operand) -> Float[Tensor, ""]:
+    values = a.values.detach() if isinstance(a, sparse.Sparse | Dense) else a.dense().detach()
+    positive = values[values > 0]
+    return positive.min() if len(positive) else values.new_tensor(torch.inf)

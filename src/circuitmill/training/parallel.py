@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from circuitmill.core.metrics import ExplainedVariance
@@ -72,13 +72,23 @@ def gather_rows(rows: Shaped[Tensor, "token ..."], ranks: Ranks) -> Shaped[Tenso
 
 
 @torch.no_grad()
-def any_rank(flags: Bool[Tensor, "..."], ranks: Ranks) -> Bool[Tensor, "..."]:
-    """True where it is true on any rank."""
+def total(counts: Int[Tensor, "..."], ranks: Ranks) -> Int[Tensor, "..."]:
+    """The sum over ranks."""
     if ranks.size == 1:
-        return flags
-    numbers = flags.to(torch.int32)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers > 0
+        return counts
+    counts = counts.clone()
+    dist.all_reduce(counts)
+    return counts
+
+
+@torch.no_grad()
+def least(values: Float[Tensor, "..."], ranks: Ranks) -> Float[Tensor, "..."]:
+    """The smallest over ranks."""
+    if ranks.size == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""Everything that a training needs to go on: parameters, Adam's moments, step, dead counters, random state."""
+"""Everything that a training needs to go on: parameters, optimizer, step, counters of firing, random state."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,9 +11,7 @@ from circuitmill.config.train import TrainConfig
 from circuitmill.core import init
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
-from circuitmill.training.optimizer import make_adam
-
-_MOMENTS = {"adam_mean": "exp_avg", "adam_square": "exp_avg_sq", "adam_step": "step"}
+from circuitmill.training.optimizer import Optimizer, make_optimizer
 
 
 @dataclass
@@ -21,29 +20,54 @@ class TrainState:
 
     transcoder: Transcoder
     """In normalised units."""
-    optimizer: torch.optim.Adam
-    idle: Int[Tensor, "layer feature"]
+    optimizer: Optimizer
+    idle: Int[Tensor, "source feature"]
     """Tokens since each feature last fired, over all ranks."""
+    density: Float[Tensor, "source feature"]
+    """Running share of tokens on which each feature fires."""
+    least: Float[Tensor, " source"]
+    """Running mean of the smallest activation kept: the threshold of top-k kinds at inference."""
     step: int = 0
     """Finished steps."""
+    reached: set[float] = field(default_factory=set)
+    """Values of checkpoint_l0 that the running L0 has fallen below."""
+    decay_from: int = 0
+    """Tokens at which stop_l0 was reached and the learning rate began to fall; 0 before."""
 
-    def dead(self, after: int) -> Bool[Tensor, "layer feature"]:
+    def dead(self, after: int) -> Bool[Tensor, "source feature"]:
         """Features that have not fired for at least `after` tokens."""
         return self.idle >= after
+
+    def seen(self, firings: Int[Tensor, "source feature"], least: Float[Tensor, " source"], cfg: TrainConfig) -> None:
+        """Count one batch, of all ranks.
+
+        Args:
+            firings: Tokens on which each feature fired.
+            least: The smallest activation of each source.
+        """
+        tokens = cfg.batch_tokens
+        self.idle = torch.where(firings > 0, 0, self.idle + tokens)
+        # the window is dead_tokens long; while less has been seen it is all that has been seen
+        weight = max(tokens / cfg.dead_tokens, 1 / (self.step + 1))
+        self.density = torch.lerp(self.density, firings / tokens, min(1.0, weight))
+        found = torch.isfinite(least)
+        rate = torch.where(self.least > 0, cfg.nonlinearity.threshold_rate, 1.0)
+        self.least = torch.where(found, torch.lerp(self.least, torch.where(found, least, 0.0), rate), self.least)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors on the CPU, for a checkpoint."""
         named = {
             "idle": self.idle.cpu(),
+            "density": self.density.cpu(),
+            "least": self.least.cpu(),
             "random_state": torch.get_rng_state(),
             "step": torch.tensor(self.step),
+            "reached": torch.tensor(sorted(self.reached), dtype=torch.float64),
+            "decay_from": torch.tensor(self.decay_from),
         }
         for name, parameter in self.transcoder.named_parameters():
             named[f"parameter.{name}"] = parameter.detach().cpu()
-            for ours, theirs in _MOMENTS.items():
-                if parameter in self.optimizer.state:
-                    named[f"{ours}.{name}"] = self.optimizer.state[parameter][theirs].cpu()
-        return named
+        return named | self.optimizer.tensors()
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -52,8 +76,7 @@ class TrainState:
         Raises:
             ShapeError: the checkpoint is of a transcoder of another shape.
         """
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.transcoder.named_parameters()):
+        for name, parameter in self.transcoder.named_parameters():
             saved = tensors.get(f"parameter.{name}")
             if saved is None or saved.shape != parameter.shape:
                 raise ShapeError(
@@ -63,10 +86,11 @@ class TrainState:
                     fix="remove the checkpoints of the other configuration",
                 )
             parameter.copy_(saved)
-            moments[index] = {theirs: tensors[f"{ours}.{name}"] for ours, theirs in _MOMENTS.items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.idle.copy_(tensors["idle"])
-        self.step = int(tensors["step"])
+        self.optimizer.restore(tensors)
+        for name in ("idle", "density", "least"):
+            getattr(self, name).copy_(tensors[name])
+        self.step, self.decay_from = int(tensors["step"]), int(tensors["decay_from"])
+        self.reached = set(tensors["reached"].tolist())
         torch.set_rng_state(tensors["random_state"])
 
 
@@ -77,17 +101,35 @@ def start(
 
     Args:
         cfg: Seed, sizes and kinds of start.
-        x: Normalised MLP inputs of the first batch, from which data-driven starting values are taken.
-        y: Normalised MLP outputs of the same tokens.
+        x: Normalised inputs of the first batch, from which data-driven starting values are taken.
+        y: Normalised outputs of the same tokens.
     """
     _, n_layers, d_model = x.shape
-    transcoder = Transcoder(n_layers, cfg.n_features, d_model, device=x.device)
+    transcoder = Transcoder(n_layers, cfg.n_features, d_model, cfg.architecture, device=x.device)
     torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    init.uniform(transcoder, threshold=cfg.init.threshold, generator=generator)
+    init.INITIALISERS[cfg.init.weights](transcoder, generator=torch.Generator().manual_seed(cfg.seed))
+    if cfg.init.identical_models:
+        init.identical_models(transcoder)
+    if cfg.init.zero_decoder:
+        init.zero_decoder(transcoder)
+    learned = cfg.nonlinearity.name == "jumprelu"
+    transcoder.log_threshold.requires_grad_(learned)
+    with torch.no_grad():
+        transcoder.log_threshold.fill_(math.log(cfg.init.threshold) if learned else -math.inf)
     if cfg.init.encoder_bias == "firing_rate":
         init.encoder_bias_for_rate(transcoder, x, rate=cfg.init.l0 / cfg.n_features)
     if cfg.init.decoder_bias == "mean":
         init.decoder_bias_from_mean(transcoder, y.mean(dim=0))
-    idle = torch.zeros(n_layers, cfg.n_features, dtype=torch.int64, device=x.device)
-    return TrainState(transcoder, make_adam(transcoder, cfg), idle)
+    return make_state(cfg, transcoder)
+
+
+def make_state(cfg: TrainConfig, transcoder: Transcoder) -> TrainState:
+    """A training that has not begun, of a transcoder with starting values."""
+    like = transcoder.log_threshold.detach()
+    return TrainState(
+        transcoder,
+        make_optimizer(transcoder, cfg),
+        idle=torch.zeros_like(like, dtype=torch.int64),
+        density=torch.zeros_like(like),
+        least=torch.zeros_like(like[:, 0]),
+    )

@@ -16,10 +16,10 @@ from typing import Any
 from circuitmill.core import statistics
 from circuitmill.core.matching import mutual_matches
 from circuitmill.errors import UpstreamError
-from circuitmill.stores.clt import read_decoder
 from circuitmill.stores.files import digest_of
 from circuitmill.stores.graphs import graph_features, read_graph, read_json, rounded
 from circuitmill.stores.manifest import Manifest, load_manifest
+from circuitmill.stores.transcoders import read_decoder
 from circuitmill.viz.evaluation_view import read_evaluation
 from circuitmill.viz.formatting import Real
 from circuitmill.viz.run_view import unit_manifests, variant_name

@@ -1,0 +1,381 @@
+"""Forms of decoders: what a source's active features write to its targets.
+
+| form | W_dec^{s->m} | parameters |
+|---|---|---|
+| untied | its own | W_dec[s] [feature target d_model] |
+| target | W_dec^m, shared by sources ("incremental") | W_dec [target feature d_model] |
+| source | W_dec^s, shared by targets | W_dec [source feature d_model] |
+| low_rank | Q^s P^{s,m} | Q [source feature rank], P [pair rank d_model] |
+| shared models | of the first features the same for each model | W_shared, W_dec[0] [feature target d_model] |
+| mixture (MOLT) | U_t V_t x in place of a vector | U, V [layer rank d_model] |
+
+With `pair_scale` and `pair_offset` a source's activations become scale * a + offset * [a > 0] for each target, one
+number per pair and feature. All parameters are zero (scales one) until an initialiser or a store fills them.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuitmill.config.architecture import ArchitectureConfig
+from circuitmill.core.operand import Operand
+from circuitmill.core.topology import Topology
+from circuitmill.errors import ShapeError
+
+ALL = slice(None)
+
+
+class Decoder(nn.Module):
+    """What the forms have in common."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int) -> None:
+        super().__init__()
+        self.topology, self.n_features, self.d_model = topology, n_features, d_model
+
+    def written(
+        self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
+    ) -> Float[Tensor, "token target d_model"]:
+        """What a source's features write to each of its targets.
+
+        Args:
+            a: Activations of the features in `span`.
+            x: What the source read; only a mixture of transforms needs it.
+        """
+        return rearrange(
+            a.times(self.block(source, span).flatten(1)),
+            "token (target d_model) -> token target d_model",
+            d_model=self.d_model,
+        )
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """Decoder vectors of a source's features, made from whatever the form keeps.
+
+        Raises:
+            ShapeError: what the features write is not a vector times the activation.
+        """
+        raise NotImplementedError
+
+    def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
+        """Length of each feature's decoder vector, by target."""
+        return torch.linalg.vector_norm(self.block(source), dim=2)
+
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> "Decoder":
+        """Divide what is written to each layer by these factors, in place.
+
+        Returns:
+            The decoder, or one of another form if this one cannot hold the change.
+        """
+        raise NotImplementedError
+
+
+class Untied(Decoder):
+    """A tensor [feature target d_model] per source, so that a source and all its targets are one matrix product."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, shared: int = 0) -> None:
+        super().__init__(topology, n_features, d_model)
+        self.W_dec = nn.ParameterList(
+            torch.zeros(n_features - shared, len(writes), d_model) for writes in topology.writes
+        )
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """Decoder vectors as they are."""
+        return self.W_dec[source][span]
+
+    @torch.no_grad()
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
+        """Each block by its targets' factors."""
+        for source, block in enumerate(self.W_dec):
+            block.div_(factor[list(self.topology.writes[source])])
+        return self
+
+
+class SharedOverModels(Untied):
+    """A crosscoder's first features have one decoder for all models ("Circuits Updates, February 2025")."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, *, models: int, shared: int) -> None:
+        super().__init__(topology, n_features, d_model, shared)
+        self.models = models
+        self.W_shared = nn.Parameter(torch.zeros(shared, topology.n_layers // models, d_model))
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """The shared decoders repeated for every model, then the exclusive ones."""
+        return torch.cat([self.W_shared.repeat(1, self.models, 1), self.W_dec[source]])[span]
+
+    @torch.no_grad()
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
+        """Models have factors of their own, so nothing is shared afterwards."""
+        plain = Untied(self.topology, self.n_features, self.d_model).to(self.W_shared)
+        plain.W_dec[0].copy_(self.block(0))
+        return plain.divide_outputs(factor)
+
+
+class _Paired(Decoder):
+    """A factor and an offset per pair and feature, if asked for."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, *, scale: bool, offset: bool) -> None:
+        super().__init__(topology, n_features, d_model)
+        shape = (topology.n_pairs, n_features)
+        self.pair_scale = nn.Parameter(torch.ones(shape)) if scale else None
+        self.pair_offset = nn.Parameter(torch.zeros(shape)) if offset else None
+
+    def _adjusted(self, a: Operand, pair: int, span: slice) -> Operand:
+        scale, offset = (None if part is None else part[pair, span] for part in (self.pair_scale, self.pair_offset))
+        return a.adjusted(scale, offset)
+
+    def _scaled(self, source: int, block: Tensor, span: slice) -> Tensor:
+        """Decoder vectors [feature target d_model] with the factors in them."""
+        if self.pair_offset is not None:
+            raise ShapeError(
+                "decoders without offsets",
+                found="pair_offset",
+                where="architecture",
+                fix="train with pair_offset false for what needs one vector per feature and target",
+            )
+        if self.pair_scale is None:
+            return block
+        scale = self.pair_scale[list(self.topology.pairs(source)), span]
+        return einsum(block, scale, "feature target d_model, target feature -> feature target d_model")
+
+    def _scaled_norms(self, source: int, norms: Tensor) -> Float[Tensor, "feature target"]:
+        if self.pair_scale is None:
+            return norms
+        return norms * self.pair_scale[list(self.topology.pairs(source))].T.abs()
+
+
+class TargetTied(_Paired):
+    """One decoder per target: sources that write there share it."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, *, scale: bool, offset: bool) -> None:
+        super().__init__(topology, n_features, d_model, scale=scale, offset=offset)
+        self.W_dec = nn.Parameter(torch.zeros(topology.n_layers, n_features, d_model))
+
+    def written(
+        self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
+    ) -> Float[Tensor, "token target d_model"]:
+        """One product per target."""
+        pairs, targets = self.topology.pairs(source), self.topology.writes[source]
+        return torch.stack(
+            [
+                self._adjusted(a, pair, span).times(self.W_dec[target, span])
+                for pair, target in zip(pairs, targets, strict=True)
+            ],
+            dim=1,
+        )
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """The targets' decoders, with the pairs' factors."""
+        targets = list(self.topology.writes[source])
+        return self._scaled(
+            source, rearrange(self.W_dec[targets, span], "target feature d_model -> feature target d_model"), span
+        )
+
+    def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
+        """Length by target, offsets left out."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=2)[list(self.topology.writes[source])].T
+        return self._scaled_norms(source, norms)
+
+    @torch.no_grad()
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
+        """Each target's decoder."""
+        self.W_dec.div_(factor[:, None])
+        return self
+
+
+class SourceTied(_Paired):
+    """One decoder per source: all its targets share it."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, *, scale: bool, offset: bool) -> None:
+        super().__init__(topology, n_features, d_model, scale=scale, offset=offset)
+        self.W_dec = nn.Parameter(torch.zeros(topology.n_sources, n_features, d_model))
+
+    def written(
+        self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
+    ) -> Float[Tensor, "token target d_model"]:
+        """One product if the targets have no factors of their own."""
+        weight, pairs = self.W_dec[source, span], self.topology.pairs(source)
+        if self.pair_scale is None and self.pair_offset is None:
+            return a.times(weight)[:, None].expand(-1, len(pairs), -1)
+        return torch.stack([self._adjusted(a, pair, span).times(weight) for pair in pairs], dim=1)
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """The source's decoder for each target, with the pairs' factors."""
+        n_targets = len(self.topology.writes[source])
+        return self._scaled(source, self.W_dec[source, span, None].expand(-1, n_targets, -1), span)
+
+    def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
+        """Length by target, offsets left out."""
+        norms = torch.linalg.vector_norm(self.W_dec[source], dim=1)[:, None]
+        return self._scaled_norms(source, norms.expand(-1, len(self.topology.writes[source])))
+
+    @torch.no_grad()
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
+        """The pairs' factors, which are made if there are none.
+
+        Raises:
+            ShapeError: the dimensions of a layer have different factors.
+        """
+        by_layer = factor[:, 0]
+        if not torch.equal(factor, by_layer[:, None].expand_as(factor)):
+            raise ShapeError(
+                "one factor per layer for decoders that targets share",
+                found="one per dimension",
+                where="architecture",
+                fix="train with scaling rms",
+            )
+        targets = [target for writes in self.topology.writes for target in writes]
+        if self.pair_scale is None:
+            self.pair_scale = nn.Parameter(self.W_dec.new_ones(self.topology.n_pairs, self.n_features))
+        self.pair_scale.div_(by_layer[targets][:, None])
+        if self.pair_offset is not None:
+            self.pair_offset.div_(by_layer[targets][:, None])
+        return self
+
+
+class LowRank(Decoder):
+    """Decoders that go through a few numbers: W_dec^{s->m} = Q^s P^{s,m}."""
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, *, rank: int) -> None:
+        super().__init__(topology, n_features, d_model)
+        self.Q = nn.Parameter(torch.zeros(topology.n_sources, n_features, rank))
+        self.P = nn.Parameter(torch.zeros(topology.n_pairs, rank, d_model))
+
+    def _wide(self, source: int) -> Float[Tensor, "rank column"]:
+        return rearrange(self.P[list(self.topology.pairs(source))], "pair rank d_model -> rank (pair d_model)")
+
+    def written(
+        self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
+    ) -> Float[Tensor, "token target d_model"]:
+        """Two thin products."""
+        wide = a.times(self.Q[source, span]) @ self._wide(source)
+        return rearrange(wide, "token (target d_model) -> token target d_model", d_model=self.d_model)
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """The product of both factors."""
+        return rearrange(
+            self.Q[source, span] @ self._wide(source),
+            "feature (target d_model) -> feature target d_model",
+            d_model=self.d_model,
+        )
+
+    def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
+        """||q P||^2 = q (P P^T) q^T, so that no decoder vector is made."""
+        gram = self.P[list(self.topology.pairs(source))] @ self.P[list(self.topology.pairs(source))].mT
+        q = self.Q[source]
+        return _root(einsum(q, gram, q, "feature rank, pair rank column, feature column -> feature pair"))
+
+    @torch.no_grad()
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
+        """The pairs' half."""
+        targets = [target for writes in self.topology.writes for target in writes]
+        self.P.div_(factor[targets][:, None])
+        return self
+
+
+class Mixture(Decoder):
+    """A sparse mixture of linear transforms: feature t writes a_t U_t V_t x (MOLT, "Circuits Updates, 2025").
+
+    Transforms of one rank stand together, largest rank first; ranks r_0 > r_1 > ... have n, 2n, 4n ... transforms.
+    """
+
+    def __init__(self, topology: Topology, n_features: int, d_model: int, *, ranks: tuple[int, ...]) -> None:
+        super().__init__(topology, n_features, d_model)
+        unit = n_features // (2 ** len(ranks) - 1)
+        self.groups = tuple((unit * 2**index, rank) for index, rank in enumerate(ranks))
+        """(transforms, rank) of each group."""
+        per_transform = [rank for count, rank in self.groups for _ in range(count)]
+        self._starts = [0]
+        for rank in per_transform:
+            self._starts.append(self._starts[-1] + rank)
+        total = self._starts[-1]
+        self._ranks: Tensor
+        self.register_buffer("_ranks", torch.tensor(per_transform), persistent=False)
+        self.U = nn.Parameter(torch.zeros(topology.n_layers, total, d_model))
+        self.V = nn.Parameter(torch.zeros(topology.n_layers, total, d_model))
+
+    def written(
+        self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
+    ) -> Float[Tensor, "token target d_model"]:
+        """Each transform of x, weighted by its activation.
+
+        Raises:
+            ShapeError: x is missing.
+        """
+        if x is None:
+            raise ShapeError(
+                "what the transforms are applied to",
+                found="activations alone",
+                where="decode",
+                fix="pass the MLP inputs x too",
+            )
+        first, last, _ = span.indices(self.n_features)
+        rows = slice(self._starts[first], self._starts[last])
+        gates = a.dense().repeat_interleave(self._ranks[span], dim=1)
+        # einsum(a, U, V, x, "token transform, transform rank e, transform rank d_model, token d_model -> token e")
+        return (((x @ self.V[source, rows].T) * gates) @ self.U[source, rows])[:, None]
+
+    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
+        """There is none.
+
+        Raises:
+            ShapeError: always.
+        """
+        raise ShapeError(
+            "features that write a vector",
+            found="transforms, which write a linear function of the input",
+            where="architecture",
+            fix="use a topology other than molt for what needs decoder vectors",
+        )
+
+    def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
+        """||U V||_F^2 = trace((U^T U)(V V^T)), with products of the size of a rank only."""
+        found, row = [], 0
+        for count, rank in self.groups:
+            u, v = (side[source, row : row + count * rank].view(count, rank, self.d_model) for side in (self.U, self.V))
+            found.append(_root(((u @ u.mT) * (v @ v.mT)).sum(dim=(1, 2))))
+            row += count * rank
+        return torch.cat(found)[:, None]
+
+    @torch.no_grad()
+    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
+        """The transforms' outer half."""
+        self.U.div_(factor[:, None])
+        return self
+
+    @torch.no_grad()
+    def multiply_inputs(self, factor: Float[Tensor, "layer d_model"]) -> None:
+        """Change in place what is read by these factors."""
+        self.V.mul_(factor[:, None])
+
+
+def _root(square: Tensor) -> Tensor:
+    """Square root whose derivative at zero is zero, as that of a norm."""
+    positive = square > 0
+    return torch.where(positive, square, 1.0).sqrt() * positive
+
+
+def make_decoder(form: ArchitectureConfig, topology: Topology, n_features: int, d_model: int) -> Decoder:
+    """The form that an architecture names."""
+    sizes = (topology, n_features, d_model)
+    if form.topology == "molt":
+        return Mixture(*sizes, ranks=form.ranks)
+    if form.shared:
+        return SharedOverModels(*sizes, models=form.models, shared=form.shared)
+    if form.decoder == "untied":
+        return Untied(*sizes)
+    if form.decoder == "low_rank":
+        return LowRank(*sizes, rank=form.rank)
+    tied = TargetTied if form.decoder == "target" else SourceTied
+    return tied(*sizes, scale=form.pair_scale, offset=form.pair_offset)
+
+
+def spans_of(prefixes: Sequence[int], n_features: int) -> list[slice]:
+    """Stretches between Matryoshka prefixes; one stretch if there are none.
+
+    >>> spans_of((2, 5), 5)
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    return [slice(low, high) for low, high in pairwise([0, *(prefixes or (n_features,))])]

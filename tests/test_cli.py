@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +127,22 @@ def test_verify_says_what_is_good_and_what_is_not(tmp_path, monkeypatch, capsys:
 def test_verify_of_a_path_that_is_not_there(tmp_path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["verify", str(tmp_path / "missing")]) == 1
     assert "StoreError" in (text := capsys.readouterr().err) and "no such path" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], None), (["--base"], None), (["--base", "b.json"], Path("b.json"))]
+)
+def test_training_takes_a_base_or_none(
+    given: list[str], expected: Path | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    config = tmp_path / "train.yaml"
+    from circuitmill.config.compose import freeze, load_run
+    from circuitmill.stages import train
+
+    config.write_text(freeze(load_run("tiny").plain["train"]["main"], "train"))
+    calls = []
+    monkeypatch.setattr(train, "run", lambda cfg, **inputs: calls.append(inputs))
+    upstreams = ["--toyworld", "--tokenize", "t.json", "--cache", "c.json"]
+    assert cli.main(["train", "--config", str(config), *upstreams, *given, "--out", "x"]) == 0
+    paths = {"toyworld": None, "tokenize": Path("t.json"), "cache": Path("c.json"), "out": Path("x")}
+    assert calls == [paths | {"base": expected}]

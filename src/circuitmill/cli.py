@@ -89,6 +89,14 @@ def _add_stage(commands: Any, stage: Stage) -> None:
         command.add_argument(
             f"--{stage.unit}", metavar="NAME", help=f"do one {stage.unit}; without it gather all that are done"
         )
+    if stage.name == "train":
+        command.add_argument(
+            "--base",
+            type=Path,
+            nargs="?",
+            metavar="MANIFEST",
+            help="manifest.json of the training that train.base names",
+        )
     if stage.name == "report":
         command.add_argument(
             "--siblings", type=Path, nargs="*", default=[], metavar="MANIFEST", help="evaluations of other variants"
@@ -111,6 +119,10 @@ def _add_tools(commands: Any) -> None:
     config.add_argument("--variant", default="", help="as this variant uses it")
     config.add_argument("--keys", action="store_true", help="a table of every key with type, value and meaning instead")
     config.set_defaults(action=_config)
+    export = commands.add_parser("export", help="write a finished transcoder in circuit-tracer's layout")
+    export.add_argument("--train", type=Path, required=True, metavar="MANIFEST", help="manifest.json of stage train")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    export.set_defaults(action=_export)
     verify = commands.add_parser(
         "verify", help="check every manifest and every byte below a folder, and name all that is wrong"
     )
@@ -170,6 +182,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     stage: Stage = arguments.stage
     cfg = _stage_config(arguments)
     inputs: dict[str, Any] = {name: getattr(arguments, name) for name in stage.upstream}
+    if stage.name == "train":
+        inputs["base"] = arguments.base
     if stage.name == "report":
         inputs |= {"siblings": tuple(arguments.siblings), "study": tuple(arguments.study)}
     # torch comes in only here, so that --help and configuration errors answer at once
@@ -187,7 +201,7 @@ def _run_stage(arguments: argparse.Namespace) -> None:
                     f"one of the {len(cfg.units())} {stage.unit}s of this configuration",
                     found=unit,
                     where=f"--{stage.unit}",
-                    fix="known: " + ", ".join(cfg.units()[:8]),
+                    fix="known: " + (", ".join(cfg.units()[:8]) or "none"),
                 )
             module.run_unit(cfg, **{str(stage.unit): unit}, **inputs, out=arguments.out)
     finally:
@@ -207,6 +221,14 @@ def _config(arguments: argparse.Namespace) -> None:
         for home, data in run.plain[name].items():
             if only in (None, home):
                 print(freeze(data, f"{name} of run {run.name}" + (f", variant {home}" if home else "")))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from circuitmill.stores.manifest import load_manifest
+    from circuitmill.stores.transcoders import MODEL, export_clt
+
+    export_clt(load_manifest(arguments.train, "train").folder / MODEL, arguments.out)
+    print(arguments.out)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -28,10 +28,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("calibrate", ("toyworld", "tokenize"), shared=True),
     Stage("cache", ("toyworld", "tokenize", "calibrate"), unit="shard", shared=True, revision=2),
     Stage("train", ("toyworld", "tokenize", "cache"), revision=2),
-    Stage("evaluate", ("toyworld", "tokenize", "train")),
+    Stage("evaluate", ("toyworld", "tokenize", "cache", "train"), revision=2),
     Stage("features", ("toyworld", "tokenize", "cache", "train"), unit="block"),
     Stage("interpret", ("features",), unit="block"),
-    Stage("attribute", ("toyworld", "tokenize", "train", "features", "interpret"), unit="prompt"),
+    Stage("attribute", ("toyworld", "tokenize", "train", "features", "interpret"), unit="prompt", revision=2),
     Stage(
         "report",
         ("toyworld", "tokenize", "cache", "train", "evaluate", "features", "interpret", "attribute"),

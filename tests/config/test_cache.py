@@ -8,6 +8,7 @@ from tests.conftest import REPOSITORY
 
 from circuitmill.config.cache import CacheConfig
 from circuitmill.config.calibrate import CalibrateConfig
+from circuitmill.config.compose import compose
 from circuitmill.config.decode import decode
 from circuitmill.errors import ConfigError
 
@@ -16,7 +17,10 @@ MODEL = {"source": "folder", "name": "somewhere", "revision": "", "dtype": "floa
 
 
 def plain(stage: str, option: str = "tiny") -> dict:
-    return yaml.safe_load((REPOSITORY / "config" / stage / f"{option}.yaml").read_text()) | {"model": MODEL}
+    """An option file, in which calibrate follows cache."""
+    followed = {"hookpoint": "mlp", "layers": None, "second_model": None}
+    data = yaml.safe_load((REPOSITORY / "config" / stage / f"{option}.yaml").read_text())
+    return data | followed | {"model": MODEL}
 
 
 def load(stage: str, **changes: object) -> CacheConfig | CalibrateConfig:
@@ -40,10 +44,10 @@ def test_values_out_of_range_name_their_key(stage: str, key: str, value: float) 
         assert f"{stage}.{key}" in str(caught.value) and str(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["mode", "targets", "codec"])
+@pytest.mark.parametrize("key", ["mode", "targets", "codec", "hookpoint"])
 def test_choices_are_named_with_the_nearest(key: str) -> None:
-    wrong = {"mode": "steam", "targets": "recompute", "codec": "int16"}[key]
-    right = {"mode": "stream", "targets": "recomputed", "codec": "int"}[key]
+    wrong = {"mode": "steam", "targets": "recompute", "codec": "int16", "hookpoint": "resid_pos"}[key]
+    right = {"mode": "stream", "targets": "recomputed", "codec": "int", "hookpoint": "resid_post"}[key]
     with pytest.raises(ConfigError, match=rf"cache\.{key}: expected one of .*nearest: {right}"):
         load("cache", **{key: wrong})
 
@@ -56,6 +60,55 @@ def test_every_codec_can_be_chosen(codec: str) -> None:
 @pytest.mark.parametrize("value", [1, 4, 7.0, 3.25])
 def test_bits_may_be_broken(value: float) -> None:
     assert load("cache", bits=value).bits == float(value)
+
+
+SECOND = MODEL | {"name": "elsewhere"}
+
+
+@pytest.mark.parametrize("hookpoint", ["mlp_in", "mlp_out", "attn_out", "resid_pre", "resid_mid", "resid_post"])
+def test_other_hookpoints_are_of_inputs_alone(hookpoint: str) -> None:
+    cfg = load("cache", hookpoint=hookpoint, targets="inputs", layers=[0, 3], second_model=SECOND)
+    assert (cfg.hookpoint, cfg.layers, cfg.second_model.name) == (hookpoint, (0, 3), "elsewhere")
+    for targets in ("stored", "recomputed"):
+        with pytest.raises(
+            ConfigError, match=rf"cache\.targets: expected inputs with hookpoint {hookpoint}.*'{targets}'"
+        ):
+            load("cache", hookpoint=hookpoint, targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("cache.targets", {"hookpoint": "mlp", "targets": "inputs"}),
+        *((f"{stage}.layers", {"hookpoint": "mlp", "layers": [0]}) for stage in CLASSES),
+        *((f"{stage}.second_model", {"hookpoint": "mlp", "second_model": SECOND}) for stage in CLASSES),
+        *((f"{stage}.layers", {"layers": layers}) for stage in CLASSES for layers in ([], [1, 0], [2, 2], [-1, 0])),
+        *((f"{stage}.second_model", {"second_model": MODEL}) for stage in CLASSES),
+        *(
+            (f"{stage}.second_model.source", {"second_model": MODEL | {"source": "toyworld", "name": "toyworld-early"}})
+            for stage in CLASSES
+        ),
+    ],
+)
+def test_choices_that_do_not_go_together_name_their_key(key: str, changes: dict) -> None:
+    stage = key.split(".")[0]
+    more = {"targets": "inputs"} if stage == "cache" else {}
+    with pytest.raises(ConfigError) as caught:
+        load(stage, **({"hookpoint": "resid_post"} | more | changes))
+    assert f"{key}: expected" in str(caught.value)
+
+
+def test_calibrate_follows_cache() -> None:
+    tree = compose(["experiment=tiny", "cache=two_models", "cache.layers=[1]"])
+    cached, calibrated = (decode(CLASSES[stage], tree[stage], stage) for stage in CLASSES)
+    for cfg in (cached, calibrated):
+        assert (cfg.hookpoint, cfg.layers) == ("resid_post", (1,))
+        assert (cfg.model.name, cfg.second_model.name) == ("toyworld", "toyworld-early")
+    assert decode(CacheConfig, compose(["cache=resid_post"])["cache"], "cache").second_model is None
+    other = compose(
+        ["cache=resid_post", "model=gpt2", "+model@cache.second_model=gpt2", "cache.second_model.revision=x"]
+    )
+    assert decode(CalibrateConfig, other["calibrate"], "calibrate").second_model.revision == "x"
 
 
 def test_streaming_has_no_shards() -> None:

@@ -16,6 +16,9 @@ from circuitmill.errors import ConfigError
         ({"pretrain": {"batch_tokens": 500}}, r"multiple of the context \(32\); found 500"),
         ({"pretrain": {"tokens": 100}}, r"at least one batch \(512 tokens\); found 100\n.*toyworld.pretrain.tokens"),
         ({"pretrain": {"decay_from": 1.5}}, r"share from 0 to 1; found 1.5"),
+        ({"pretrain": {"extensions": -1}}, r"at least 0; found -1\n.*toyworld.pretrain.extensions"),
+        ({"pretrain": {"extension_tokens": 100}}, r"at least one batch \(512 tokens\); found 100\n.*extension_tokens"),
+        ({"pretrain": {"extension_rate": 1.5}}, r"share from 0 to 1; found 1.5\n.*toyworld.pretrain.extension_rate"),
     ],
 )
 def test_values_that_make_no_sense(changes: dict, message: str):

@@ -17,6 +17,7 @@ from circuitmill.core.codecs import (
     plain_batch,
     scale_codes,
     scale_values,
+    standardised,
 )
 from circuitmill.errors import ConfigError
 
@@ -277,3 +278,14 @@ def test_attributes_say_what_a_reader_must_know() -> None:
     }
     assert make_codec("entropy", 2, 96, 24).attributes() == {"codec": "entropy", "group_channels": 24}
     assert make_codec("bf16", 2, 96, 24).attributes() == {"codec": "bf16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_standardised_form_goes_where_it_is_asked_to(dtype: torch.dtype) -> None:
+    x, channels = samples(96, "normal")
+    x = x.to(dtype)
+    out = torch.full((len(x), LAYERS, 96), float("nan"))
+    assert standardised(x, channels, out).data_ptr() == out.data_ptr()
+    new = standardised(x.movedim(1, 0).contiguous().movedim(0, 1), channels)
+    assert torch.equal(out, (x.float() - channels.center) * (1 / channels.scale))
+    assert torch.equal(new, out) and new.is_contiguous() and new.dtype == torch.float32

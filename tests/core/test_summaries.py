@@ -40,3 +40,40 @@ def test_the_first_edge_is_never_above_the_rarest_density() -> None:
 def test_figures_for_json_are_numbers_or_null() -> None:
     assert summaries.number(float("nan")) is None and summaries.number(float("inf")) is None
     assert str(summaries.number(-0.0)) == "0.0"
+
+
+def document(n_layers: int, firing: Firing, one_layer: list[dict] | None) -> dict:
+    """The parts of an evaluation that tables are made of."""
+    explained = ExplainedVariance(n_layers, d_model=1)
+    y = torch.randn(3, n_layers, 1, generator=torch.Generator().manual_seed(0))
+    explained.update(y, 0.5 * y)
+    sparsity = summaries.sparsity_summary(firing)
+    return {"fit": summaries.fit_summary(explained), "sparsity": sparsity, "one_layer": one_layer, "tasks": None}
+
+
+def test_tables_of_layers_with_features_of_their_own() -> None:
+    firing = Firing(2, 2)
+    firing.update(torch.tensor([[[1.0, 0.0], [2.0, 1.0]], [[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]]))
+    rows = [{"replacement": dict.fromkeys(summaries.BEHAVIOUR, layer + 0.5)} for layer in range(2)]
+    found = summaries.tables(document(2, firing, rows), firing)
+    assert set(found) == {"layers", "features", "l0"}
+    layers = found["layers"]
+    assert layers["l0"] == [1 / 3, 4 / 3] and layers["dead"] == [1, 0] and layers["kl"] == [0.5, 1.5]
+    assert found["features"]["layer"] == [0, 0, 1, 1] and found["features"]["n_active"] == [1, 0, 3, 1]
+    assert found["l0"] == {"n_features": [0, 1, 2, 3, 4], "tokens": [0, 2, 0, 1, 0]}
+
+
+def test_tables_of_features_that_read_all_layers_leave_sparsity_of_a_layer_undefined() -> None:
+    firing = Firing(1, 2)
+    firing.update(torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]], [[2.0, 0.0]]]))
+    found = summaries.tables(document(3, firing, None), firing)
+    layers = found["layers"]
+    assert layers["layer"] == [0, 1, 2] and len(layers["nmse"]) == 3 and None not in layers["nmse"]
+    for key in ("l0", "l0_p5", "l0_p99", "dead", *summaries.BEHAVIOUR):
+        assert layers[key] == [None] * 3, key
+    assert found["features"] == {
+        "layer": [0, 0],
+        "feature": [0, 1],
+        "n_active": [2, 0],
+        "density": [2 / 3, 0.0],
+    }

@@ -17,6 +17,16 @@ from circuitmill.training import parallel
 from circuitmill.training.objective import Moment, evaluate_batch
 
 CFG = tiny(tokens=192, monitor__log_tokens=32, loss__auxiliary=TermConfig(1.0, k=4))
+BF16 = tiny(
+    tokens=640,
+    optimizer__name="muon",
+    optimizer__precision="bf16",
+    optimizer__micro_batches=2,
+    loss__tanh_sparsity=TermConfig(30.0, scale=1.0),
+    checkpoint_l0=(3.9,),
+    stop_l0=3.9,
+)
+"""Parameters of two types, random rounding, and decisions by the running L0."""
 
 
 def main(out: Path) -> None:
@@ -41,6 +51,10 @@ def main(out: Path) -> None:
     found |= {f"trained.{name}": value.detach() for name, value in trained.transcoder.named_parameters()}
     for key in ("loss", "loss_reconstruction", "loss_tanh_sparsity", "ev", "ev_per_layer", "l0", "dead", "grad_norm"):
         found[f"row.{key}"] = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    rounded, _ = run(BF16, ranks=ranks, data=batches(BF16, ranks), checkpoint=lambda state, l0=None: None)
+    found["rounded.steps"], found["rounded.decay_from"] = torch.tensor(rounded.step), torch.tensor(rounded.decay_from)
+    found["rounded.reached"] = torch.tensor(sorted(rounded.reached))
+    found |= {f"rounded.{name}": value for name, value in rounded.optimizer.tensors().items()}
     write_tensors(out.with_name(f"{out.name}-{ranks.rank}.safetensors"), found)
     distributed.shutdown()
 

@@ -76,3 +76,19 @@ def test_dead_counters_and_metrics_are_those_of_the_whole_batch(outcomes):
             torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
         if name.startswith("trained."):
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_l0_is_that_of_all_ranks_and_decides_on_all(outcomes):
+    (one,), two = outcomes["one"], outcomes["two"]
+    for rank in two:
+        assert rank["rounded.reached"].tolist() == pytest.approx([3.9])
+        assert 0 < rank["rounded.decay_from"] <= 32 * rank["rounded.steps"] < 640
+        assert abs(rank["rounded.decay_from"] - one["rounded.decay_from"]) <= 32
+
+
+def test_gradients_in_bfloat16_are_averaged_too(outcomes):
+    (one,), (two, _) = outcomes["one"], outcomes["two"]
+    assert two["rounded.parameter.W_enc"].dtype == torch.bfloat16
+    for name in ("W_enc", "decoder.W_dec.0", "b_dec"):
+        ours, theirs = two[f"rounded.parameter.{name}"].float(), one[f"rounded.parameter.{name}"].float()
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm(), name

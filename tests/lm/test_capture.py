@@ -23,6 +23,14 @@ def test_captured_outputs_are_the_modules_own(lm_of: Maker, architecture: str) -
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_positions_that_are_left_out_change_nothing_else(lm_of: Maker, architecture: str) -> None:
+    lm = lm_of(architecture)
+    for keep in (TOKENS % 3 > 0, torch.ones_like(TOKENS, dtype=torch.bool), torch.zeros_like(TOKENS, dtype=torch.bool)):
+        for kept, everything in zip(capture_mlp(lm, TOKENS, keep), capture_mlp(lm, TOKENS), strict=True):
+            assert torch.equal(kept, everything[keep])
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
 def test_replacing_mlps_by_captured_outputs_gives_the_same_logits(lm_of: Maker, architecture: str) -> None:
     lm = lm_of(architecture)
     expected = lm.model(TOKENS).logits

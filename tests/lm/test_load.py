@@ -8,7 +8,7 @@ import torch
 
 from circuitmill.config.model import ModelConfig
 from circuitmill.errors import ConfigError, StoreError, UpstreamError
-from circuitmill.lm.load import LanguageModel, load_language_model, load_tokenizer, tokenizer_digest
+from circuitmill.lm.load import LanguageModel, load_language_model, load_tokenizer, model_location, tokenizer_digest
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,20 @@ def test_embedded_model_is_below_the_stages_folder(tiny_model_dir: Path, tmp_pat
     assert load_language_model(cfg, toyworld=tmp_path, device=CPU).n_layers == 2
     with pytest.raises(UpstreamError, match="--toyworld"):
         load_language_model(cfg, toyworld=None, device=CPU)
+
+
+def test_an_early_snapshot_of_the_embedded_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name in ("model", "early"):
+        shutil.copytree(tiny_model_dir, tmp_path / name)
+    names = {
+        name: ModelConfig(source="toyworld", name=name, revision="", dtype="float32")
+        for name in ("toyworld", "other", "early", "toyworld-early")
+    }
+    folders = {name: model_location(cfg, tmp_path) for name, cfg in names.items()}
+    assert [Path(folders[name]).name for name in names] == ["model", "model", "model", "early"]
+    shutil.rmtree(tmp_path / "early")
+    with pytest.raises(ConfigError, match=r"/early\n(.|\n)*keep a snapshot of pretraining"):
+        model_location(names["toyworld-early"], tmp_path)
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

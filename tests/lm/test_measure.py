@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.model import ModelConfig
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
@@ -10,6 +11,7 @@ from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.load import LanguageModel, load_language_model
 from circuitmill.lm.measure import changed_models, measure_behaviour, measure_fit, measure_one_layer
 from circuitmill.lm.replacement import original_logits
+from circuitmill.lm.sites import Sites
 
 BOS = 1
 
@@ -45,6 +47,35 @@ def test_batches_do_not_matter_and_bos_is_left_out(lm: LanguageModel, clt: Trans
     torch.testing.assert_close(whole.explained.per_layer(), parts.explained.per_layer(), atol=1e-6, rtol=1e-6)
     outputs = capture_mlp(lm, tokens)[1][tokens != BOS]
     torch.testing.assert_close(whole.mean_outputs, outputs.mean(0), atol=1e-6, rtol=1e-4)
+
+
+def test_what_reads_a_hookpoint_is_measured_against_it(lm: LanguageModel, tokens: torch.Tensor) -> None:
+    coder = Transcoder(2, 5, lm.d_model, ArchitectureConfig(topology="crosscoder"))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in (coder.W_enc, coder.b_dec, *coder.W_dec):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        coder.log_threshold.fill_(-1.0)
+    sites = Sites((lm,), "resid_pre", ((0, 1),))
+    found = measure_fit(sites, coder, tokens.split(2))
+    x = sites(tokens, tokens != BOS)[0]
+    features = coder.encode(x)
+    assert found.firing.n_active.tolist() == (features > 0).sum(dim=0).tolist()
+    error = (x - coder.decode(features)).square().sum(dim=(0, 2)) / (x - x.mean(0)).square().sum(dim=(0, 2))
+    torch.testing.assert_close(found.explained.per_layer().float(), (1 - error).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.mean_outputs, x.mean(0), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", [{"skip": True}, {"topology": "molt", "ranks": (2,)}])
+def test_reconstruction_takes_what_was_read_along(lm: LanguageModel, tokens: torch.Tensor, form: dict) -> None:
+    made = Transcoder(2, 5, lm.d_model, ArchitectureConfig(**form)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    found = measure_fit(lm, made, [tokens])
+    x, y = (side[tokens != BOS] for side in capture_mlp(lm, tokens))
+    error = (y - made(x)).double().square().sum(dim=(0, 2))
+    torch.testing.assert_close(found.explained.error, error, atol=1e-6, rtol=1e-5)
 
 
 def test_the_model_itself_loses_nothing(lm: LanguageModel, tokens: torch.Tensor) -> None:

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.model import ModelConfig
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.errors import ShapeError
+from circuitmill.errors import ConfigError, ShapeError
 from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.hookpoints import mlps
 from circuitmill.lm.load import LanguageModel, load_language_model
@@ -80,6 +81,47 @@ def test_replacement_equals_a_forward_written_out(
     found = replacement_logits(lm, transcoder, tokens)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - original_logits(lm, tokens)).abs().max() > 0.01, "the transcoder must change something"
+
+
+FORMS = {
+    "plt with skip": {"topology": "plt", "skip": True},
+    "clt with skip": {"skip": True},
+    "offsets": {"decoder": "source", "pair_scale": True, "pair_offset": True},
+    "low rank": {"decoder": "low_rank", "rank": 3},
+    "molt": {"topology": "molt", "ranks": (4, 2)},
+}
+
+
+def random_form(lm: LanguageModel, **architecture: object) -> Transcoder:
+    made = Transcoder(lm.n_layers, N_FEATURES, lm.d_model, ArchitectureConfig(**architecture))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        made.log_threshold.fill_(-2.0)
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_writes_what_it_reconstructs(lm: LanguageModel, tokens: torch.Tensor, form: str) -> None:
+    """Layer m's output depends on the inputs up to m alone, so the whole transcoder gives it whatever comes later."""
+    made = random_form(lm, **FORMS[form])
+
+    def place(layer: int, block: torch.nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
+        later = [torch.zeros_like(inputs[0])] * (lm.n_layers - len(inputs))
+        ours = made(torch.stack([*inputs, *later], dim=2).flatten(0, 1))[:, layer].view_as(inputs[layer])
+        return torch.where((tokens == BOS)[..., None], block.mlp(inputs[layer]), ours)
+
+    expected = forward_by_hand(lm, tokens, place)
+    found = replacement_logits(lm, made, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - original_logits(lm, tokens)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("topology", ["acausal", "sae", "crosscoder"])
+def test_what_cannot_stand_for_mlps_is_refused(lm: LanguageModel, tokens: torch.Tensor, topology: str) -> None:
+    with pytest.raises(ConfigError, match=f"stand for MLPs while the layers run; found topology {topology} writes"):
+        replacement_logits(lm, random_form(lm, topology=topology), tokens)
 
 
 @pytest.mark.parametrize("replaced", [0, 1])

@@ -182,14 +182,16 @@ def test_what_is_not_finite_reaches_all_readers(tiny_model_dir: Path, tmp_path: 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with live_blocks(folder) as blocks, ThreadPoolExecutor(4) as pool:
         for found in [pool.submit(blocks.read, block) for block in range(6)]:
-            with pytest.raises(DivergedError, match=r"finite MLP outputs; found NaN or infinity\n  where: layer 1 of"):
+            with pytest.raises(
+                DivergedError, match=r"finite activations; found NaN or infinity\n  where: outputs at mlp.1 of"
+            ):
                 found.result(SOON)
 
 
 @pytest.mark.slow
 def test_another_model_than_the_calibrated_one(tiny_model_dir: Path) -> None:
     model = expected_model(tiny_model_dir)
-    other = type(model)(model.cfg, None, "cpu", model.n_layers, model.d_model, "0" * 64)
+    other = type(model)(model.model, None, "cpu", model.n_layers, model.d_model, "0" * 64)
     blocks = LiveBlocks(other, make_tokens(), bos_id=BOS, batch_sequences=BATCH)
     with blocks, pytest.raises(UpstreamError, match="model 000000000000 of 2 layers and d_model 16"):
         blocks.read(0)

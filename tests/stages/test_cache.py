@@ -13,6 +13,7 @@ from circuitmill.config.decode import decode
 from circuitmill.config.model import ModelConfig
 from circuitmill.config.tokenize import TokenizeConfig
 from circuitmill.errors import ConfigError, DivergedError, StoreError, UpstreamError
+from circuitmill.lm import sites
 from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.load import load_language_model
 from circuitmill.stages import cache, tokenize
@@ -172,11 +173,11 @@ def test_a_killed_shard_goes_on_to_the_same_bytes(
         return capture_mlp(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "capture_mlp", killed)
+        patch.setattr(sites, "capture_mlp", killed)
         with pytest.raises(KeyboardInterrupt):
             _shard(config, "train-00000", upstream, tmp_path / "broken")
     before = len(calls)
-    monkeypatch.setattr(cache, "capture_mlp", lambda *a: (calls.append(a), capture_mlp(*a))[1])
+    monkeypatch.setattr(sites, "capture_mlp", lambda *a: (calls.append(a), capture_mlp(*a))[1])
     resumed = _shard(config, "train-00000", upstream, tmp_path / "broken")
     assert resumed.digest == straight.digest and resumed.files == straight.files
     batches = -(-(straight.counts["sequences"][1] - straight.counts["sequences"][0]) // 4)
@@ -259,10 +260,10 @@ def test_not_finite_activations_stop_the_shard(
 ) -> None:
     def broken(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, outputs = capture_mlp(*arguments)
-        outputs[:, :, 1] = float("inf")
+        outputs[:, 1] = float("inf")
         return inputs, outputs
 
-    monkeypatch.setattr(cache, "capture_mlp", broken)
+    monkeypatch.setattr(sites, "capture_mlp", broken)
     with pytest.raises(DivergedError, match=r"finite MLP outputs(.|\n)*layer 1"):
         _shard(config, "train-00000", upstream, tmp_path)
     assert not (tmp_path / "shard/train-00000/manifest.json").exists()

@@ -196,6 +196,8 @@ def test_streaming_writes_the_calibrations_normalisation_and_counts_tokens(
             "train": int((store.read("train", 0, 20) != 1).sum()),
             "heldout": int((store.read("heldout", 0, store.n_sequences("heldout")) != 1).sum()),
         },
+        "hookpoint": "mlp",
+        "places": ["mlp.0", "mlp.1"],
         "n_layers": 2,
         "d_model": 16,
         "model_digest": calibrated.counts["model_digest"],

@@ -13,6 +13,7 @@ from circuitmill.config.calibrate import CalibrateConfig
 from circuitmill.config.decode import decode
 from circuitmill.core.calibration import channel_constants
 from circuitmill.errors import ConfigError, DivergedError, UpstreamError
+from circuitmill.lm import sites
 from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.load import load_language_model
 from circuitmill.stages import calibrate
@@ -84,6 +85,8 @@ def test_counts_and_files(finished: Manifest, tokens: Path) -> None:
     assert finished.counts == {
         "tokens": int((chosen(tokens, 20) != 1).sum()),
         "sample_tokens": 300,
+        "hookpoint": "mlp",
+        "places": ["mlp.0", "mlp.1"],
         "n_layers": 2,
         "d_model": 16,
         "model_digest": finished.counts["model_digest"],
@@ -121,10 +124,10 @@ def test_activations_that_are_not_finite_are_refused(
 ) -> None:
     def broken(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, outputs = capture_mlp(*arguments)
-        outputs[:, :, 1] = float("inf")
+        outputs[:, 1] = float("inf")
         return inputs, outputs
 
-    monkeypatch.setattr(calibrate, "capture_mlp", broken)
+    monkeypatch.setattr(sites, "capture_mlp", broken)
     with pytest.raises(DivergedError, match=r"finite MLP outputs(.|\n)*layer 1"):
         calibrate.run(cfg, tokenize=tokens, out=tmp_path)
     assert not (tmp_path / "manifest.json").exists()

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from tests.stages.small_run import (
     N_LAYERS,
     Nothing,
     make_cache,
+    make_second_model,
     make_train,
     model_options,
     options,
     random_transcoder,
 )
+from transformers import AutoTokenizer
 
 from circuitmill.config.decode import decode
 from circuitmill.config.evaluate import EvaluateConfig
@@ -51,7 +54,7 @@ def made(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(scope="module")
 def upstreams(made: dict[str, Path]) -> dict[str, Path]:
-    return {name: made[name] for name in ("tokenize", "train")}
+    return {name: made[name] for name in ("tokenize", "cache", "train")}
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +234,7 @@ def test_tasks_are_scored_on_three_models(
         embedded,
         toyworld=tmp_path / "toyworld" / "manifest.json",
         tokenize=made["tokenize"],
+        cache=made["cache"],
         train=made["train"],
         out=tmp_path / "out",
     )
@@ -269,13 +273,24 @@ def test_a_transcoder_of_another_model_is_refused(
 
 
 def test_tokens_of_another_tokenizer_are_refused(
-    cfg: EvaluateConfig, upstreams: dict[str, Path], tmp_path: Path
+    cfg: EvaluateConfig, upstreams: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    manifest = load_manifest(upstreams["tokenize"], "tokenize")
-    output = StageOutput("tokenize", Nothing(), {}, tmp_path / "tokenize")
-    output.finish(manifest.counts | {"tokenizer_digest": "f" * 64})
-    with pytest.raises(UpstreamError, match="tokens made by the tokenizer of model .*; found tokens of ffffffffffff"):
-        evaluate.run(cfg, **(upstreams | {"tokenize": tmp_path / "tokenize" / "manifest.json"}), out=tmp_path / "out")
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["Dallas"])
+    tokenizer.save_pretrained(other)
+    changed = dataclasses.replace(cfg, model=ModelConfig(**model_options(other)))
+    with pytest.raises(UpstreamError, match="tokens made by the tokenizer of model .*; found tokens of"):
+        evaluate.run(changed, **upstreams, out=tmp_path / "out")
+
+
+def test_another_model_than_that_of_the_cache_is_refused(
+    cfg: EvaluateConfig, upstreams: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    other = make_second_model(tmp_path / "other", tiny_model_dir)
+    changed = dataclasses.replace(cfg, model=ModelConfig(**model_options(other)))
+    with pytest.raises(UpstreamError, match="a cache of model .*; found one of a model with digest"):
+        evaluate.run(changed, **upstreams, out=tmp_path / "out")
 
 
 def test_a_truncated_weight_file_leaves_the_earlier_result(

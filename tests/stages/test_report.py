@@ -115,6 +115,42 @@ def test_closing_text_has_figures_page_and_time(finished: Manifest) -> None:
     assert "95.8%" in text and "12 min 34 s" in text and "Known concepts found" in text
 
 
+def test_a_run_without_replacement_and_graphs_says_why(made: tuple[dict[str, Path], Path], tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "demo", "autoencoders", topology="sae")
+    manifest = report.run(CFG, **paths, siblings=(made[0]["evaluate"],), out=tmp_path / "demo/autoencoders/report")
+    assert (manifest.counts["graphs"], manifest.counts["variants"]) == (0, 2)
+    page = manifest.file("index.html").read_text()
+    assert "There are no graphs: topology sae does not replace MLPs." in page
+    assert "No MLPs are replaced: topology sae writes what it reads, not what MLPs write." in page
+    assert 'id="models"' not in page and 'id="tasks"' not in page and "<td>resid_post.3</td>" in page
+    assert "sae, 4 layers × 128 features" in page
+    tiles = {tile["key"]: tile for tile in json.loads(manifest.file("summary.json").read_text())["tiles"]}
+    assert tiles["kl"]["value"] == tiles["agreement"]["value"] == tiles["concepts"]["value"] == "–"
+    assert tiles["kl"]["note"].startswith("topology sae") and tiles["graphs"]["note"].startswith("topology sae")
+    assert tiles["graphs"]["value"] == "0"
+    # the variant that it stands beside has figures, alone, so only the fit is drawn against L0
+    assert [chart["title"] for chart in data(manifest, "run")["variants"]] == ["Explained variance against L0"]
+    assert "topology sae writes what it reads" in headline(manifest.folder / "manifest.json")
+
+
+def test_a_study_of_variants_of_which_some_have_no_graphs(tmp_path: Path) -> None:
+    results = tmp_path / "mixed"
+    runs = {
+        f"{codec}-{topology}": write_run(results, f"{codec}-{topology}", codec=codec, topology=topology)
+        for codec in ("int4", "bf16")
+        for topology in ("clt", "acausal")
+    }
+    study = [paths[stage] for stage in ("train", "evaluate", "attribute") for paths in runs.values()]
+    caches = dict.fromkeys(paths["cache"] for paths in runs.values())
+    manifest = report.run(CFG, **runs["int4-acausal"], study=(*caches, *study), out=results / "int4-acausal/report")
+    document = json.loads(manifest.file("study.json").read_text())
+    int4, bf16 = document["groups"]
+    assert len(document["prompts"]) == 3
+    assert int4["overlaps"]["by_id"] == {"mean": 1.0, "pairs": 1}
+    assert int4["means"]["kl"] == bf16["means"]["kl"] and int4["differences"]["kl"] is None
+    assert study_table(manifest.folder / "manifest.json").count("–") > 0
+
+
 @pytest.fixture(scope="module")
 def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """Upstream manifests of two seeds on each of two caches."""

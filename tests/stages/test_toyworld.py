@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from tests.toyworld.conftest import load_config, replace
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoForCausalLM
 
 from circuitmill.config.toyworld import ToyworldConfig
 from circuitmill.errors import ConfigError, DivergedError
@@ -68,17 +68,132 @@ def test_every_task_is_measured(manifest: Manifest, cfg: ToyworldConfig):
     assert counts["ablation"]["none"] == counts["accuracy"]["two_hop_city"]
     assert set(counts["exchange"]) == {"after_layer_0", "after_layer_1", "n_pairs"}
     assert 0 < counts["loss"] < 7
+    assert counts["extensions"] == 0 and counts["before_extension"] == []
 
 
 def test_a_finished_model_is_not_trained_again(cfg: ToyworldConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run that failed its bars keeps its model: measuring again does not train again."""
-    strict = replace(cfg, accept={"two_hop_city": 1.0, "agreement": 0.0})
+    strict = replace(cfg, accept={"two_hop_city": 1.0, "agreement": 0.0}, pretrain={"extensions": 0})
     with pytest.raises(DivergedError, match=r"two_hop_city >= 1; found two_hop_city 0\.\d+\n.*toyworld.accept"):
         toyworld.run(strict, out=tmp_path)
     assert not (tmp_path / "manifest.json").exists()
     monkeypatch.setattr(toyworld, "pretrain", lambda *args, **kwargs: pytest.fail("trained again"))
     with pytest.raises(DivergedError, match="two_hop_city"):
         toyworld.run(strict, out=tmp_path)
+
+
+class Judge:
+    """A stand-in for the figure of one task: what the model reaches after each number of extensions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *found: float) -> None:
+        self.updates: list[int] = []
+        """The number of each update made."""
+        self.kill_at = -1
+        update, measure = toyworld.Pretraining.update, toyworld._measure
+
+        def counted(run: toyworld.Pretraining, tokens: object) -> float:
+            if run.done == self.kill_at:
+                raise KeyboardInterrupt
+            self.updates.append(run.done)
+            return update(run, tokens)
+
+        def measured(*args: object) -> dict:
+            figures = measure(*args)
+            figures["accuracy"]["ioi"] = found[max(0, self.updates[-1] - 23) // 8]
+            return figures
+
+        monkeypatch.setattr(toyworld.Pretraining, "update", counted)
+        monkeypatch.setattr(toyworld, "_measure", measured)
+
+
+@pytest.fixture
+def strict(cfg: ToyworldConfig) -> ToyworldConfig:
+    """Bars that the judge decides about; 24 updates, extended by 8 each."""
+    return replace(cfg, accept={"ioi": 0.9}, pretrain={"extensions": 2, "extension_tokens": 8 * 512})
+
+
+def test_a_model_below_its_bars_is_trained_further(
+    strict: ToyworldConfig,
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    judge = Judge(monkeypatch, 0.5, 0.8, 0.95)
+    with caplog.at_level("INFO"):
+        made = toyworld.run(strict, out=tmp_path)
+    assert judge.updates == list(range(24 + 8 + 8))
+    assert "ioi 0.500 is below 0.9: pretraining goes on for 4096 tokens (extension 1 of at most 2)" in caplog.text
+    assert "ioi 0.800 is below 0.9" in caplog.text
+    counts = made.counts
+    assert counts["extensions"] == 2 and counts["pretrain_tokens"] == 40 * 512
+    assert counts["accuracy"]["ioi"] == 0.95
+    assert [figures["accuracy"]["ioi"] for figures in counts["before_extension"]] == [0.5, 0.8]
+    assert counts["before_extension"][0]["loss"] == manifest.counts["loss"], "the budget is spent as without a bar"
+    assert counts["before_extension"][0]["loss"] > counts["before_extension"][1]["loss"] > counts["loss"]
+    lines = [json.loads(line) for line in made.file("metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [4096 * i for i in range(1, 6)]
+    assert not any("checkpoints" in name for name in made.files)
+
+
+def test_a_model_that_meets_its_bars_is_not(
+    strict: ToyworldConfig, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    judge = Judge(monkeypatch, 0.95)
+    made = toyworld.run(strict, out=tmp_path)
+    assert len(judge.updates) == 24 and made.counts["extensions"] == 0
+    assert made.files == manifest.files
+
+
+def test_bars_missed_after_all_extensions_are_an_error(
+    strict: ToyworldConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    judge = Judge(monkeypatch, 0.5, 0.6, 0.7)
+    for _ in "once", "again":
+        with pytest.raises(DivergedError, match=r"ioi >= 0\.9; found ioi 0\.700 after 2 extension\(s\)"):
+            toyworld.run(strict, out=tmp_path)
+        assert len(judge.updates) == 40, "the second time only measures"
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("update", [24, 30, 35], ids=["before the first", "inside the first", "inside the second"])
+def test_a_run_killed_in_an_extension_ends_in_the_same_manifest(
+    update: int, strict: ToyworldConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With checkpoints every three updates: some kills are after one of the extension, some before."""
+    cfg = replace(strict, pretrain={"checkpoint_tokens": 3 * 512})
+    judge = Judge(monkeypatch, 0.5, 0.8, 0.95)
+    straight = toyworld.run(cfg, out=tmp_path / "straight")
+    judge.updates.clear()
+    judge.kill_at = update
+    with pytest.raises(KeyboardInterrupt):
+        toyworld.run(cfg, out=tmp_path / "killed")
+    judge.kill_at = -1
+    continued = toyworld.run(cfg, out=tmp_path / "killed")
+    assert len(judge.updates) < 40 + 3, "it went on from the checkpoint"
+    assert continued.to_json() == straight.to_json()
+
+
+def test_a_run_killed_while_it_saves_an_extended_model(
+    strict: ToyworldConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The folder of the model may be half written then; nothing may begin from it."""
+    Judge(monkeypatch, 0.5, 0.95)
+    straight = toyworld.run(strict, out=tmp_path / "straight")
+    real = GPTNeoForCausalLM.save_pretrained
+    saves = []
+
+    def broken(self: GPTNeoForCausalLM, folder: Path) -> None:
+        saves.append(folder)
+        if len(saves) == 2:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+        real(self, folder)
+
+    monkeypatch.setattr(GPTNeoForCausalLM, "save_pretrained", broken)
+    with pytest.raises(KeyboardInterrupt):
+        toyworld.run(strict, out=tmp_path / "killed")
+    assert toyworld.run(strict, out=tmp_path / "killed").to_json() == straight.to_json()
 
 
 def test_a_killed_run_ends_in_the_same_manifest(

@@ -64,7 +64,11 @@ def same_model(one: Path, other: Path) -> None:
 
 def without_times(path: Path) -> list[dict]:
     return [
-        {key: value for key, value in row.items() if key not in ("tokens_per_second", "data_wait_share")}
+        {
+            key: value
+            for key, value in row.items()
+            if key not in ("tokens_per_second", "data_wait_share", "peak_memory_bytes")
+        }
         for row in read_metrics(path / "metrics.jsonl")
     ]
 
@@ -260,3 +264,18 @@ def test_values_that_make_no_sense_are_refused(change, key):
 def test_metrics_file_is_plain_json_lines(finished):
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["step"] for line in lines)
+
+
+@pytest.mark.parametrize("name", ["topk", "token_topk", "batch_topk", "batch_topk_all", "groupmax"])
+def test_a_top_k_kind_ends_with_thresholds_that_keep_its_l0(name, cfg, upstreams, cache, tmp_path):
+    own = dataclasses.replace(cfg.nonlinearity, name=name, k=4.0)
+    stage.run(dataclasses.replace(cfg, nonlinearity=own), **upstreams, out=tmp_path / "train")
+    rows = ActivationStore.open(load_manifest(cache, "cache")).read("heldout", 0, own.calibration_tokens)
+    clt = load_clt(tmp_path / "train" / "model")
+    l0 = (clt.encode(rows.inputs) > 0).sum(dim=(0, 2)) / own.calibration_tokens
+    assert (clt.threshold.std(dim=1) < 1e-6).all()
+    if name == "groupmax":
+        assert (l0 <= 4).all() and (l0 > 1).all()
+    else:
+        # equal tokens have equal pre-activations, and all of them are on one side of the threshold
+        assert l0.mean().item() == pytest.approx(4.0, rel=0.1)

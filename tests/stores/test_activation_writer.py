@@ -136,6 +136,15 @@ def test_how_tokens_are_appended_changes_nothing_but_sums(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("codec", ALL_CODECS)
+def test_how_activations_lie_in_memory_changes_nothing(tmp_path: Path, codec: str) -> None:
+    """Layer after layer, as they come from the model, or token after token."""
+    straight = write_shard(tmp_path / "tokens", Config(codec))
+    inputs, outputs = (x.movedim(1, 0).contiguous().movedim(0, 1) for x in activations())
+    assert write_shard(tmp_path / "layers", Config(codec), (inputs, outputs)).digest == straight.digest
+    assert all_bytes(tmp_path / "layers") == all_bytes(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("codec", ALL_CODECS)
 @pytest.mark.parametrize("where", ["inputs", "outputs"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path, codec: str, where: str, bad: float) -> None:

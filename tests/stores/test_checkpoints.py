@@ -53,6 +53,25 @@ def test_saving_a_step_again_replaces_it(checkpoints):
     assert checkpoints.last().tensors["parameter.W"][0, 0] == -1
 
 
+def test_those_made_for_a_value_of_l0_stay(checkpoints):
+    checkpoints.save(35, tensors(35), 12.5)
+    for step in (40, 50, 60):
+        checkpoints.save(step, tensors(step))
+    checkpoints.save(60, tensors(60), 8.0)
+    names = ["l0-00008.00-step-00000060", "l0-00012.50-step-00000035", "step-00000050", "step-00000060"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == names
+    assert checkpoints.steps() == [50, 60]
+    assert {l0: path.name for l0, path in checkpoints.kept().items()} == {12.5: names[1], 8.0: names[0]}
+    assert list(checkpoints.kept()) == [12.5, 8.0]
+
+
+def test_a_training_goes_on_from_the_newest_of_both_sorts(checkpoints):
+    checkpoints.save(35, tensors(35), 100.0)
+    assert checkpoints.last().step == 35 and checkpoints.last().tensors["parameter.W"][0, 0] == 35
+    checkpoints.save(40, tensors(40))
+    assert checkpoints.last().step == 40
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -50,14 +50,18 @@ def test_moments_of_many_blocks_equal_the_definition() -> None:
     torch.testing.assert_close(moments.m2, m2, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("memory", ["new", "given"])
 @pytest.mark.parametrize("block", [1, 37, 1000])
-def test_moments_from_the_standardised_form_are_those_of_the_numbers(block: int) -> None:
+def test_moments_from_the_standardised_form_are_those_of_the_numbers(block: int, memory: str) -> None:
     x = _x(1000)
     # constants of a sample: near the mean and the deviation, not on them
     channels = Channels(x[:50].mean(dim=0), x[:50].std(dim=0), torch.ones(2))
     sums = MomentSums(channels)
     for part in x.split(block):
-        sums.add(standardised(part, channels))
+        u = standardised(part, channels)
+        before = u.clone()
+        sums.add(u, torch.full_like(u, float("nan")) if memory == "given" else None)
+        assert torch.equal(u, before)
     moments = sums.moments("input")
     mean, m2 = _definition(x)
     assert moments.count == 1000

@@ -23,9 +23,10 @@ def windows(tokenizer: PreTrainedTokenizerFast, documents: list[str], tiny_cfg: 
 
 @pytest.fixture
 def start(tiny_cfg: ToyworldConfig, tokenizer: PreTrainedTokenizerFast):
-    def make(cfg: ToyworldConfig = tiny_cfg) -> Pretraining:
+    def make(cfg: ToyworldConfig = tiny_cfg, *, extension: int = 0) -> Pretraining:
         model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=256, seed=cfg.seed)
-        return Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer))
+        scale = key_query_scale(cfg.transformer)
+        return Pretraining(model, cfg.pretrain, key_query_scale=scale, extension=extension)
 
     return make
 
@@ -95,6 +96,33 @@ def test_rates_rise_stay_and_fall(start, tiny_cfg: ToyworldConfig):
     assert run.rate(int(0.39 * cfg.tokens)) == 1
     assert run.rate(int(0.7 * cfg.tokens)) == pytest.approx(0.5, abs=0.01)
     assert run.rate(cfg.tokens) == cfg.final_lr
+
+
+def test_an_extension_begins_with_the_weights_and_the_batches_that_come_next(
+    start, windows: Windows, tiny_cfg: ToyworldConfig, tmp_path: Path
+):
+    output = StageOutput("toyworld", tiny_cfg, {}, tmp_path)
+    run = start()
+    pretrain(run, windows, output)
+    extended = start(extension=1)
+    pretrain(extended, windows, output)
+    assert (run.done, extended.first, extended.done) == (24, 24, 32)
+
+    by_hand = start(extension=1)  # optimizers that have seen nothing
+    by_hand.load_weights(run.state())
+    for number in range(24, 32):
+        by_hand.update(windows.batch(number, 16))
+    assert same_state(by_hand, extended)
+
+
+def test_rates_of_an_extension_rise_to_a_share_and_fall(start, tiny_cfg: ToyworldConfig):
+    longer = replace(tiny_cfg, pretrain={"extension_tokens": 40_960, "extension_rate": 0.3})
+    run, cfg = start(longer, extension=2), longer.pretrain
+    first = cfg.tokens + cfg.extension_tokens
+    assert run.first * cfg.batch_tokens == first
+    assert run.rate(first) == pytest.approx(0.3 * cfg.batch_tokens / cfg.warmup_tokens)
+    assert run.rate(first + cfg.extension_tokens // 2) == pytest.approx((0.3 + cfg.final_lr) / 2)
+    assert run.rate(first + cfg.extension_tokens) == pytest.approx(cfg.final_lr)
 
 
 def test_muon_has_the_matrices_and_smaller_rates_for_keys_and_queries(start):

@@ -1,20 +1,16 @@
 import dataclasses
+import time
 
 import pytest
 import torch
-from tests.training.helpers import Memory, batches, fresh, run, tiny
+from tests.training.helpers import ONE, Memory, batches, fresh, run, tiny
+from tests.training.kinds import check_resuming, run_to_end, same_state
 
 from circuitmill.config.train import TermConfig
-from circuitmill.errors import DivergedError, InterruptedRun, ShapeError
-from circuitmill.training import schedules
+from circuitmill.errors import ConfigError, DivergedError, InterruptedRun, ShapeError
+from circuitmill.training import loop
+from circuitmill.training.loop import Ended
 from circuitmill.training.state import start
-
-
-def same_state(one, other):
-    ours, theirs = one.tensors(), other.tensors()
-    assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_the_fit_improves_and_everything_is_reported():
@@ -27,10 +23,12 @@ def test_the_fit_improves_and_everything_is_reported():
     assert set(last) == {
         "step", "tokens", "loss", "loss_reconstruction", "loss_tanh_sparsity", "loss_pre_activation", "loss_auxiliary",
         "ev", "ev_per_layer", "l0", "dead", "lr", "coefficients", "grad_norm", "tokens_per_second", "data_wait_share",
+        "peak_memory_bytes",
     }  # fmt: skip
     assert len(last["ev_per_layer"]) == len(last["l0"]) == 2
     assert last["coefficients"] == {name: term.coefficient for name, term in cfg.loss.items()}
     assert last["lr"] == 0.0
+    assert 2**26 < rows[0]["peak_memory_bytes"] <= last["peak_memory_bytes"]
 
 
 def test_sparsity_costs_active_features():
@@ -47,20 +45,17 @@ def test_the_same_configuration_gives_the_same_bits():
 
 @pytest.mark.parametrize("step", [1, 7, 19])
 def test_resuming_from_any_step_gives_the_same_bits(step):
+    assert min(check_resuming(tiny(), (step,))) > 0
+
+
+def test_a_finished_training_can_be_resumed_to_do_nothing():
     cfg = tiny()
-    saved = {}
-    unbroken, _ = run(
-        dataclasses.replace(cfg, checkpoint_tokens=cfg.batch_tokens),
-        checkpoint=lambda state: saved.update({state.step: {k: v.clone() for k, v in state.tensors().items()}}),
-    )
-    resumed = fresh(cfg)
-    resumed.restore(saved[step])
-    torch.manual_seed(99)
-    resumed.restore(saved[step])
-    assert resumed.step == step
-    resumed, rows = run(cfg, resumed)
-    same_state(resumed, unbroken)
-    assert all(row["step"] > step for row in rows)
+    finished, _ = run(cfg)
+    again = fresh(cfg)
+    again.restore(finished.tensors())
+    again, rows, ended = run_to_end(cfg, again)
+    same_state(again, finished)
+    assert rows == [] and ended == Ended(20, "budget")
 
 
 def test_a_checkpoint_of_another_shape_is_refused():
@@ -139,13 +134,141 @@ def test_starting_values_follow_the_configuration():
     torch.testing.assert_close(state.transcoder.b_dec.detach(), y.mean(dim=0))
 
 
-def test_schedules_meet_their_ends():
-    rate = [
-        schedules.learning_rate(tokens, peak=2.0, total=100, warmup=20, decay_share=0.4) for tokens in range(1, 101)
-    ]
-    assert rate[0] == pytest.approx(0.1)
-    assert rate[19:60] == [2.0] * 41
-    assert rate[79] == pytest.approx(1.0) and rate[-1] == 0.0
-    assert schedules.learning_rate(1, peak=2.0, total=100, warmup=0, decay_share=0.0) == 2.0
-    assert [schedules.interpolate(tokens, start=0.0, final=8.0, over=4.0) for tokens in (0, 1, 4)] == [0.0, 2.0, 8.0]
-    assert schedules.interpolate(0, start=3.0, final=8.0, over=0.0) == 8.0
+@pytest.mark.parametrize("parts", [2, 4, 32])
+@pytest.mark.parametrize("name", ["jumprelu", "topk", "token_topk"])
+def test_micro_batches_give_what_the_whole_batch_gives(parts, name):
+    k = 0.0 if name == "jumprelu" else 4.0
+    cfg = tiny(nonlinearity__name=name, nonlinearity__k=k, tokens=320, monitor__log_tokens=32)
+    (whole, expected), (split, found) = (
+        run(dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, micro_batches=count)))
+        for count in (1, parts)
+    )
+    first, same = expected[0], found[0]
+    for key in ("loss", "ev", "grad_norm", *(f"loss_{term}" for term in cfg.loss)):
+        assert same[key] == pytest.approx(first[key], rel=1e-6, abs=1e-6), key
+    assert same["l0"] == first["l0"] and same["ev_per_layer"] == pytest.approx(first["ev_per_layer"], abs=1e-6)
+    assert torch.equal(split.idle, whole.idle)
+    torch.testing.assert_close(split.density, whole.density, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(split.least, whole.least, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(split.transcoder.parameters(), whole.transcoder.parameters(), strict=True):
+        if torch.isfinite(theirs).all():
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradients_of_micro_batches_add_up(parts, monkeypatch):
+    """With some features dead, so that every term takes part."""
+    gradients = {}
+
+    def keep(lr, *, norm, number):
+        gradients[count] = [p.grad.clone() for p in state.optimizer.parameters if p.grad is not None]
+
+    for count in (1, parts):
+        cfg = tiny(optimizer__micro_batches=count, optimizer__clip_norm=1e9)
+        state = fresh(cfg)
+        state.idle[:, ::3] = 10_000
+        monkeypatch.setattr(state.optimizer, "step", keep)
+        with batches(cfg) as data:
+            result, _ = loop._step(cfg, state, data.get(0), ONE)
+        assert result.terms["auxiliary"] > 0
+    for ours, theirs in zip(gradients[parts], gradients[1], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
+def test_micro_batches_must_divide_a_ranks_batch():
+    with pytest.raises(ConfigError, match=r"where: train\.optimizer\.micro_batches"):
+        run(tiny(optimizer__micro_batches=5))
+
+
+def test_resuming_with_micro_batches_gives_the_same_bits():
+    check_resuming(tiny(optimizer__micro_batches=4), (7,))
+
+
+SPARSER = {"tokens": 6400, "loss__tanh_sparsity": TermConfig(3.0, ramp_share=0.5, scale=1.0)}
+
+
+def running_l0(state) -> float:
+    return state.density.sum().item() / 2
+
+
+def test_a_checkpoint_is_kept_for_each_value_of_l0_once():
+    kept, by_step = {}, {}
+
+    def checkpoint(state, l0=None):
+        by_step[state.step] = running_l0(state)
+        if l0 is not None:
+            assert l0 not in kept and l0 in state.tensors()["reached"].tolist()
+            kept[l0] = state.step
+
+    cfg = tiny(**SPARSER, checkpoint_tokens=32, checkpoint_l0=(3.0, 3.5, 0.01))
+    state, _ = run(cfg, checkpoint=checkpoint)
+    assert set(kept) == state.reached == {3.0, 3.5}
+    assert 2 <= kept[3.5] < kept[3.0]
+    for value, step in kept.items():
+        assert by_step[step] < value <= by_step[step - 1]
+
+
+def test_a_resumed_training_keeps_each_value_once_too():
+    cfg = tiny(**SPARSER, checkpoint_tokens=32, checkpoint_l0=(3.0, 3.5))
+    saved, kept = {}, {}
+
+    def checkpoint(state, l0=None):
+        saved[state.step] = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        if l0 is not None:
+            kept[l0] = state.step
+
+    run(cfg, checkpoint=checkpoint)
+    for step in (kept[3.5] - 1, kept[3.5], kept[3.0]):
+        before = dict(kept)
+        kept.clear()
+        state = fresh(cfg)
+        state.restore(saved[step])
+        run(cfg, state, checkpoint=checkpoint)
+        assert kept == {value: at for value, at in before.items() if at > step}
+        kept = before
+
+
+def test_stop_l0_ends_the_training_with_a_rate_of_zero():
+    saved = {}
+    cfg = tiny(**SPARSER, checkpoint_tokens=32, stop_l0=3.5, monitor__log_tokens=32, decay_share=0.2)
+    state, rows, ended = run_to_end(
+        cfg,
+        checkpoint=lambda state, l0=None: saved.update(
+            {state.step: {k: v.clone() for k, v in state.tensors().items()}}
+        ),
+    )
+    begun = state.decay_from // 32
+    assert begun > 2 and ended == Ended(begun + 40, "stop_l0")
+    assert state.step == begun + 40 == rows[-1]["step"] < cfg.steps
+    rate = [row["lr"] for row in rows]
+    assert rate[begun - 1] == cfg.lr and rate[-1] == 0.0
+    assert rate[begun:] == sorted(rate[begun:], reverse=True) and rate[begun + 19] == pytest.approx(cfg.lr / 2)
+    assert max(saved) == state.step
+    for step in (begun - 1, begun, begun + 17, begun + 40):
+        resumed = fresh(cfg)
+        resumed.restore(saved[step])
+        resumed, _, again = run_to_end(cfg, resumed)
+        same_state(resumed, state)
+        assert again == ended
+
+
+def test_figures_are_measured_every_so_many_tokens_and_at_the_end():
+    cfg = tiny(monitor__heldout_every_tokens=160, monitor__log_tokens=128)
+    seen = []
+
+    def measure(state):
+        seen.append(state.step)
+        return {"heldout_ev": 0.5, "dead": 0.25}
+
+    _, rows = run(cfg, measure=measure)
+    assert seen == [5, 10, 15, 20]
+    assert [row["step"] for row in rows] == [4, 5, 8, 10, 12, 15, 16, 20]
+    assert [row["step"] for row in rows if row.get("heldout_ev") == 0.5] == seen
+    assert all(row["dead"] == 0.25 for row in rows if row["step"] in seen)
+
+
+def test_measuring_does_not_count_as_training_time(monkeypatch):
+    cfg = tiny(monitor__heldout_every_tokens=320)
+    _, rows = run(cfg, measure=lambda state: time.sleep(1.0) or {})
+    after = next(row for row in rows if row["step"] == 12)
+    assert after["tokens_per_second"] > 64

@@ -25,6 +25,14 @@ def test_rows_survive_and_later_ones_are_dropped_on_resume(tmp_path):
     assert rows[0]["l0"] == [1.0, None] and rows[2]["ev"] is None
 
 
+def test_groups_and_lists_come_back_and_what_is_not_finite_in_them_is_null(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
+    row = {"step": 1, "coefficients": {"kl": 0.5}, "h": {"edges": [0, 1], "counts": [[3], [4]]}}
+    file.log(row | {"bad": {"p5": [float("nan"), 1.0], "p50": float("inf")}})
+    file.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [row | {"bad": {"p5": [None, 1.0], "p50": None}}]
+
+
 def test_a_fresh_start_empties_the_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5}\n')

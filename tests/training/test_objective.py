@@ -4,8 +4,10 @@ from tests.core import reference
 from tests.core.test_transcoder import random_transcoder
 from tests.training.helpers import tiny
 
-from circuitmill.config.train import TermConfig
+from circuitmill.config.train import OVER_SOURCES, TermConfig
 from circuitmill.core.losses import auxiliary
+from circuitmill.core.nonlinearity import NONLINEARITIES
+from circuitmill.errors import ShapeError
 from circuitmill.kernels import sparse
 from circuitmill.training import objective
 
@@ -108,3 +110,83 @@ def test_auxiliary_gradient_reaches_dead_features_only(clt, pair):
     assert gradient[1, 2].abs().sum() > 0
     gradient[1, 2] = 0
     assert not gradient.any()
+
+
+class Whole:
+    """Stands for sequences and the model that reads them: terms that are simple functions of the transcoder."""
+
+    def __init__(self, share=1.0):
+        self.share, self.asked = share, []
+
+    def terms(self, transcoder, encode, names):
+        self.asked.append(list(names))
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        written = transcoder.decode_layer(0, encode(0, x).dense())
+        return {"kl": written.square().sum(), "cross_entropy": transcoder.b_dec.square().sum()}
+
+
+def end_to_end(**terms):
+    return tiny(loss={"reconstruction": TermConfig(2.0), **terms})
+
+
+def test_end_to_end_terms_come_from_the_whole_sequences(clt, pair):
+    cfg, whole = end_to_end(cross_entropy=TermConfig(0.5), other=TermConfig(0.25, term="kl")), Whole()
+    result = objective.evaluate_batch(clt, *pair, cfg, at(0.5), whole)
+    plain = objective.evaluate_batch(clt, *pair, end_to_end(), at(0.5))
+    encode = objective.encoder(clt, cfg, at(0.5))
+    expected = whole.terms(clt, encode, [])
+    assert whole.asked[0] == ["cross_entropy", "kl"]
+    assert list(result.terms) == ["reconstruction", "cross_entropy", "other"]
+    assert result.terms["other"].item() == pytest.approx(expected["kl"].item())
+    total = plain.loss + 0.5 * expected["cross_entropy"] + 0.25 * expected["kl"]
+    for one, other in zip(gradients(clt, result.loss), gradients(clt, total), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(result.loss, total)
+
+
+def test_the_encoder_is_that_of_the_evaluation(clt, pair, monkeypatch):
+    for limit in (1.0, -1.0):
+        monkeypatch.setattr(sparse, "WORTHWHILE", limit)
+        batch, encode = objective.evaluation(clt, *pair, tiny(), at(0.5)), objective.encoder(clt, tiny(), at(0.5))
+        for source in range(2):
+            found = encode(source, pair[0][:, source])
+            assert type(found) is type(batch.a[source])
+            torch.testing.assert_close(found.dense(), batch.a[source].dense())
+
+
+def test_balance_makes_both_pull_equally(clt, pair):
+    cfg = end_to_end(kl=TermConfig(3.0, balance=True))
+    found = objective.evaluate_batch(clt, *pair, cfg, at(0.5), Whole(share=0.8))
+    fit, kl = (found.terms[name].item() for name in ("reconstruction", "kl"))
+    assert found.loss.item() == pytest.approx((2 + 3) * fit)
+    plain = objective.evaluate_batch(clt, *pair, end_to_end(), at(0.5), Whole(share=0.8)).loss
+    only = Whole().terms(clt, objective.encoder(clt, cfg, at(0.5)), [])["kl"]
+    expected = gradients(clt, plain + 3 * fit / kl * only)
+    for one, other in zip(gradients(clt, found.loss), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_perfect_replacement_has_no_pull(clt, pair):
+    with torch.no_grad():
+        clt.W_dec[0].zero_()
+    cfg = end_to_end(kl=TermConfig(3.0, balance=True))
+    found = objective.evaluate_batch(clt, *pair, cfg, at(0.5), Whole())
+    assert found.terms["kl"] == 0 and torch.isfinite(found.loss)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients(clt, found.loss))
+
+
+def test_the_share_weighs_all_other_terms(clt, pair):
+    whole = objective.evaluate_batch(clt, *pair, tiny(), at(0.5))
+    part = objective.evaluate_batch(clt, *pair, tiny(), at(0.5), Whole(share=0.75))
+    torch.testing.assert_close(part.loss, 0.75 * whole.loss)
+    for name, term in whole.terms.items():
+        torch.testing.assert_close(part.terms[name], 0.75 * term)
+
+
+def test_end_to_end_terms_without_sequences_are_refused(clt, pair):
+    with pytest.raises(ShapeError, match="whole sequences for kl; found tokens without the sequences"):
+        objective.evaluate_batch(clt, *pair, end_to_end(kl=TermConfig(1.0)), at(0.5))
+
+
+def test_the_configuration_knows_which_nonlinearities_need_all_sources():
+    assert tuple(name for name, row in NONLINEARITIES.items() if row.scope == "all") == OVER_SOURCES

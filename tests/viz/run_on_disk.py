@@ -33,13 +33,21 @@ def stage_config(stage: str) -> Any:
 
 
 def write_run(
-    results: Path, variant: str = "main", l0: float = 28.0, steps: int = 40, *, seed: int = 0, codec: str | None = None
+    results: Path,
+    variant: str = "main",
+    l0: float = 28.0,
+    steps: int = 40,
+    *,
+    seed: int = 0,
+    codec: str | None = None,
+    topology: str = "clt",
 ) -> dict[str, Path]:
     """Write all stages before report; returns their manifests' paths as stage report takes them.
 
     Args:
         seed: Decides features and graphs.
         codec: With it the cache lies in the folder of variant `<codec>-0`, which shares it.
+        topology: With another than clt no MLPs are replaced and there are no graphs.
     """
     made: dict[str, Manifest] = {}
 
@@ -63,12 +71,15 @@ def write_run(
     stage("cache", cache, lambda output: {}, home=home, upstream=(*before, "calibrate"))
     train = replace(stage_config("train"), seed=seed)
     stage("train", train, lambda output: _train(output, steps, seed), upstream=(*before, "cache"))
-    stage("evaluate", stage_config("evaluate"), lambda output: _evaluate(output, l0), upstream=(*before, "train"))
+    upstream = (*before, "cache", "train")
+    stage("evaluate", stage_config("evaluate"), lambda output: _evaluate(output, l0, topology), upstream=upstream)
     features = replace(stage_config("features"), blocks=N_BLOCKS)
-    stage("features", features, _features, upstream=(*before, "cache", "train"))
+    stage("features", features, _features, upstream=upstream)
     stage("interpret", stage_config("interpret"), _interpret, upstream=("features",))
     attribute = replace(stage_config("attribute"), circuits={"two_hop": 2}, prompts={"own": "Some text"})
-    fill = functools.partial(_attribute, seed=seed)
+    if topology != "clt":
+        attribute = replace(attribute, undefined=f"topology {topology} does not replace MLPs")
+    fill = functools.partial(_attribute, seed=seed, undefined=attribute.undefined or None)
     stage("attribute", attribute, fill, upstream=(*before, "train", "features", "interpret"))
     return {name: made[name].folder / NAME for name in pipeline.stage("report").upstream}
 
@@ -96,8 +107,11 @@ def _train(output: StageOutput, steps: int, seed: int) -> dict:
     return {}
 
 
-def _evaluate(output: StageOutput, l0: float) -> dict:
-    write_json(output.path("evaluation.json"), synthetic.evaluation_document(l0))
+def _evaluate(output: StageOutput, l0: float, topology: str) -> dict:
+    document = synthetic.evaluation_document(l0)
+    if topology != "clt":
+        document = synthetic.unreplaceable_document(topology, l0)
+    write_json(output.path("evaluation.json"), document)
     output.path("plots", "l0.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"/>')
     return {}
 
@@ -133,12 +147,12 @@ def _interpret(output: StageOutput) -> dict:
     return {}
 
 
-def _attribute(output: StageOutput, seed: int) -> dict:
+def _attribute(output: StageOutput, seed: int, undefined: str | None) -> dict:
     graphs = []
     prompts = (("two_hop-00", "two_hop", 0), ("two_hop-01", "two_hop", 1), ("own", None, 2))
-    for name, kind, city in prompts:
+    for name, kind, city in () if undefined else prompts:
         document = synthetic.graph(name, *synthetic.CITIES[city], seed=city + 100 * seed)
         write_json(output.path("graph_data", f"{name}.json"), document)
         graphs.append(synthetic.summary(name, kind, *synthetic.CITIES[city][1:], document))
-    write_json(output.path("summary.json"), {"graphs": graphs})
+    write_json(output.path("summary.json"), {"graphs": graphs, "undefined": undefined})
     return {"n_graphs": len(graphs)}

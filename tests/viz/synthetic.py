@@ -159,29 +159,66 @@ def summary(name: str, kind: str | None, state: str, capital: str, document: dic
 
 
 def metrics(steps: int = 500) -> list[dict]:
-    """Rows of training metrics."""
+    """Rows of training metrics; every tenth has what is measured on held-out tokens."""
     rng = random.Random(1)
     rows = []
     for step in range(1, steps + 1):
         done = step / steps
         noise = 1 + 0.05 * rng.gauss(0, 1)
+        ev = [1 - math.exp(-9 * done - layer / 3) * noise for layer in range(N_LAYERS)]
+        l0 = [60 * math.exp(-5 * done) + 3 + layer for layer in range(N_LAYERS)]
         rows.append(
             {
                 "step": step,
                 "tokens": step * 2048,
                 "loss": 460 * math.exp(-5 * done) * noise + 5,
                 "loss_reconstruction": 400 * math.exp(-6 * done) * noise + 3,
-                "loss_sparsity": 40 * (1 - done) + 6 * noise,
+                "loss_tanh_sparsity": 40 * (1 - done) + 6 * noise,
                 "loss_pre_activation": 9 * noise,
                 "loss_auxiliary": 0.0,
-                "ev_per_layer": [1 - math.exp(-9 * done - layer / 3) * noise for layer in range(N_LAYERS)],
-                "l0": [60 * math.exp(-5 * done) + 3 + layer for layer in range(N_LAYERS)],
+                "ev": sum(ev) / N_LAYERS,
+                "ev_per_layer": ev,
+                "l0": l0,
                 "dead": 0.3 * done * (1 - 0.6 * done),
                 "lr": 4e-3 * min(1, done * 20) * min(1, 5 * (1 - done)),
-                "sparsity": 4.0 * done,
+                "coefficients": {
+                    "reconstruction": 1.0,
+                    "tanh_sparsity": 4.0 * done,
+                    "pre_activation": 3e-4,
+                    "auxiliary": 0.03,
+                },
+                "grad_norm": 20 * math.exp(-3 * done) * abs(noise),
+                "tokens_per_second": None if step == 1 else 21_000 * noise,
+                "data_wait_share": 0.04 * abs(noise),
+                "peak_memory_bytes": 1_200_000_000,
             }
+            | (measured(ev, l0, done) if step % 10 == 0 else {})
         )
     return rows
+
+
+def measured(ev: list[float], l0: list[float], done: float) -> dict:
+    """What is measured now and then."""
+    edges = [-5 + 0.2 * bar for bar in range(26)]
+    bars = [[int(30 * math.exp(-((edge + 2 + layer / 4) ** 2))) for edge in edges[1:]] for layer in range(N_LAYERS)]
+    thresholds = [[3, 90, 30, 5], [0, 60, 60, 8], [0, 40, 80, 8], [1, 20, 100, 7]]
+    return {
+        "heldout_ev": sum(ev) / N_LAYERS - 0.02,
+        "heldout_ev_per_layer": [value - 0.02 for value in ev],
+        "heldout_l0": l0,
+        "heldout_l0_percentiles": {
+            "p5": [int(0.4 * value) for value in l0],
+            "p50": [int(0.9 * value) for value in l0],
+            "p95": [int(2.1 * value) for value in l0],
+        },
+        "dead_features": [3, 0, 7, 12],
+        "density_histogram": {"log10_edges": edges, "counts": bars},
+        "threshold_histogram": {"log10_edges": [-1.4, -1.2, -1.0, -0.8, -0.6], "counts": thresholds},
+        "decoder_norm_histogram": {"log10_edges": [-0.4, -0.2, 0.0, 0.2, 0.4], "counts": thresholds},
+        "replacement_agreement": 0.3 + 0.65 * done,
+        "replacement_ce_recovered": 0.5 + 0.49 * done,
+        "replacement_kl": 3 * math.exp(-4 * done),
+    }
 
 
 def evaluation_document(l0: float = 28.0) -> dict:
@@ -209,8 +246,15 @@ def evaluation_document(l0: float = 28.0) -> dict:
         ("greater_than", 400, 0.9, 0.88, 0.1),
     ]
     return {
-        "format": 1,
-        "transcoder": {"n_layers": N_LAYERS, "n_features": N_FEATURES, "d_model": 128},
+        "format": 2,
+        "transcoder": {
+            "topology": "clt",
+            "n_layers": N_LAYERS,
+            "n_sources": N_LAYERS,
+            "n_features": N_FEATURES,
+            "d_model": 128,
+        },
+        "places": [f"mlp.{layer}" for layer in range(N_LAYERS)],
         "tokens": {"evaluated": 37800},
         "fit": {
             "explained_variance": 0.991 + l0 / 10000,
@@ -226,12 +270,29 @@ def evaluation_document(l0: float = 28.0) -> dict:
             },
         },
         "density_histogram": {"log10_edges": edges, "counts": counts},
+        "unreplaceable": None,
         "behaviour": behaviour,
         "one_layer": [{"replacement": {"kl": 0.01 * layer}} for layer in range(N_LAYERS)],
         "tasks": [
             dict(zip(("name", "n", "original", "replacement", "mean_ablation"), task, strict=True)) for task in tasks
         ],
     }
+
+
+def unreplaceable_document(topology: str = "sae", l0: float = 28.0) -> dict:
+    """The content of evaluation.json for a transcoder of the residual stream."""
+    document = evaluation_document(l0)
+    document["transcoder"]["topology"] = topology
+    document["places"] = [f"resid_post.{layer}" for layer in range(N_LAYERS)]
+    document["unreplaceable"] = f"topology {topology} writes what it reads, not what MLPs write"
+    if topology == "crosscoder":
+        document["transcoder"]["n_sources"] = 1
+        document["sparsity"] |= {
+            "dead": 3,
+            "per_layer": {"l0": [l0], "l0_percentiles": {"p5": [4], "p95": [60]}, "dead": [3]},
+        }
+        document["density_histogram"]["counts"] = document["density_histogram"]["counts"][:1]
+    return document | dict.fromkeys(("behaviour", "one_layer", "tasks"))
 
 
 def evaluation(l0: float = 28.0) -> Evaluation:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -122,7 +123,8 @@ def press(driver, key: str) -> None:
 def test_overview_draws_charts_and_links_graphs(driver, visit, site: Site) -> None:
     visit("index.html", "document.querySelectorAll('.chart > svg .line').length > 10")
     assert [tile.text for tile in css(driver, "#headline [data-key=agreement] .value")] == ["95.8%"]
-    assert len(css(driver, "#training-charts .chart")) == 6
+    assert [heading.text for heading in css(driver, "#training-charts h3")] == ["Fit", "Features", "Optimisation"]
+    assert len(css(driver, "#training-charts .chart")) == 17
     assert len(css(driver, "#evaluation-charts rect")) > 20
     assert len(css(driver, "#variant-charts circle")) == 6
     assert len(css(driver, "a.graph-row")) == len(site.content.entries)
@@ -130,6 +132,39 @@ def test_overview_draws_charts_and_links_graphs(driver, visit, site: Site) -> No
     assert [row.text.split()[0] for row in rows] == ["bf16", "int8", "int2"] and "✗" in rows[2].text
     css(driver, "a.graph-row")[0].click()
     wait(driver, "document.body.dataset.ready === 'two_hop-00'")
+
+
+def test_hovering_a_training_chart_shows_all_its_series_and_rare_ones_have_marks(driver, visit, site: Site) -> None:
+    from selenium.webdriver import ActionChains
+
+    visit("index.html", "document.querySelectorAll('#training-charts .chart').length")
+    chart = next(one for one in css(driver, "#training-charts .chart") if one.text.startswith("Explained variance\n"))
+    rows = [row for row in site.content.metrics if "heldout_ev" in row]
+    assert len(chart.find_elements("css selector", "circle")) == len(rows) > 1
+    ActionChains(driver).move_to_element(chart.find_element("css selector", "svg")).perform()
+    legend = chart.find_element("css selector", ".legend").text
+    found = re.search(r"training batches (\S+)\s+held-out tokens (\S+)\s+at \S+ tokens", legend)
+    assert found and 0 < float(found[2]) < float(found[1]) <= 1
+
+
+def test_many_layers_have_a_short_legend_and_the_pointer_names_the_nearest(driver, visit) -> None:
+    from selenium.webdriver import ActionChains
+
+    visit("index.html", "document.querySelectorAll('#training-charts .chart').length")
+    values = [0.02 * (1 + layer / 25) for layer in range(26)]
+    series = [{"name": f"layer {layer}", "values": [value, value]} for layer, value in enumerate(values)]
+    spec = {"title": "many", "x": [1, 9], "x_label": "tokens", "log": True, "series": series}
+    driver.execute_script("circuitmill.charts.lines(document.getElementById('training-charts'), arguments[0])", spec)
+    chart = css(driver, "#training-charts > .chart")[0]
+    legend = chart.find_element("css selector", ".legend")
+    assert legend.text.split("\n") == ["layer 0", "to", "layer 25"]
+    curves = chart.find_elements("css selector", "path.line")
+    assert len({curve.value_of_css_property("stroke") for curve in curves}) == 26
+    # less than a factor of ten still has round ticks
+    ticks = [text.text for text in chart.find_elements("css selector", ".axis text")]
+    assert ticks[:3] == ["0.02", "0.03", "0.04"]
+    ActionChains(driver).move_to_element(curves[3]).perform()
+    assert legend.text.split("\n")[0] == f"layer 3 {values[3]:.3g}"
 
 
 def test_graph_shows_every_node_with_labels(driver, visit, site: Site) -> None:

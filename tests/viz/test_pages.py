@@ -196,21 +196,85 @@ def test_features_in_graphs_keep_their_pages_beyond_the_limit() -> None:
     assert feature_view.choose_pages(n_active, [(0, 1), (0, 2)], most=1) == {(0, 1), (0, 2)}
 
 
-def test_curves_leave_out_what_is_switched_off_and_keep_the_ends() -> None:
+def drawn(rows: list[dict]) -> dict[str, dict]:
+    """The training charts by title."""
+    return {chart["title"]: chart for group in curves.training_charts(rows) for chart in group["charts"]}
+
+
+def names_of(chart: dict) -> list[str]:
+    return [series["name"] for series in chart["series"]]
+
+
+def test_every_active_term_of_the_loss_has_a_curve() -> None:
     rows = synthetic.metrics(1000)
-    charts = {chart["title"]: chart for chart in curves.training_charts(rows)}
+    more = {"loss_kl": 0.5, "loss_own.losses:entropy": 2.0, "loss_scale": 65536.0}
+    own = {"kl": 1.0, "own.losses:entropy": 1.0}
+    charts = drawn([row | more | {"coefficients": row["coefficients"] | own} for row in rows])
     loss = charts["Loss and its terms before weighting"]
-    assert [series["name"] for series in loss["series"]] == ["loss", "reconstruction", "sparsity", "pre-activation"]
+    known = ["loss", "reconstruction", "tanh sparsity", "pre-activation", "KL", "own.losses:entropy"]
+    # the auxiliary term is zero throughout
+    assert names_of(loss) == known
     assert len(loss["x"]) == curves.POINTS
     assert (loss["x"][0], loss["x"][-1]) == (rows[0]["tokens"], rows[-1]["tokens"])
+    assert loss["series"][-1]["values"] == [2.0] * curves.POINTS
+    coefficients = charts["Coefficients of the loss"]
+    assert names_of(coefficients) == [*known[1:4], "auxiliary", *known[4:]]
+    assert names_of(charts["Scale of the loss in float16"]) == ["scale"]
+    assert coefficients["series"][1]["values"][-1] == 4.0
     ev = charts["Explained variance per layer"]
-    assert [series["name"] for series in ev["series"]] == [f"layer {i}" for i in range(synthetic.N_LAYERS)]
+    assert names_of(ev) == [f"layer {i}" for i in range(synthetic.N_LAYERS)]
 
 
-def test_curves_pass_over_gaps() -> None:
-    charts = curves.training_charts([{"tokens": 1, "lr": 0.5}, {"tokens": 2, "lr": None}, {"tokens": 3, "lr": 0.1}])
-    assert [chart["title"] for chart in charts] == ["Learning rate"]
-    assert charts[0]["x"] == [1, 3]
+def test_what_is_measured_rarely_keeps_all_its_points() -> None:
+    rows = synthetic.metrics(5000)
+    ev = drawn(rows)["Explained variance"]
+    batches, heldout = ev["series"]
+    assert (batches["name"], heldout["name"]) == ("training batches", "held-out tokens")
+    assert sum(value is not None for value in batches["values"]) == curves.POINTS
+    expected = {row["tokens"]: row["heldout_ev"] for row in curves.thin([row for row in rows if "heldout_ev" in row])}
+    found = {x: value for x, value in zip(ev["x"], heldout["values"], strict=True) if value is not None}
+    assert found == expected and len(found) == curves.POINTS
+    assert ev["x"] == sorted(set(ev["x"]))
+
+
+def test_percentiles_are_averaged_over_layers_and_memory_is_in_gigabytes() -> None:
+    rows = [
+        {"tokens": 7, "heldout_l0": [1.0, 4.0], "heldout_l0_percentiles": {"p5": [0, 1], "p50": [1, None]}},
+        {"tokens": 9, "peak_memory_bytes": 2_500_000_000},
+    ]
+    charts = drawn(rows)
+    l0 = charts["L0 on held-out tokens, averaged over layers"]
+    assert {one["name"]: one["values"] for one in l0["series"]} == {
+        "mean": [2.5],
+        "5% of tokens": [0.5],
+        "median": [1.0],
+    }
+    assert charts["Peak memory (GB)"]["series"][0]["values"] == [2.5]
+
+
+def test_histograms_are_those_of_the_last_row_that_has_them() -> None:
+    def row(tokens: int, counts: list[list[int]], **more: object) -> dict:
+        return {"tokens": tokens, "cosine_histogram": {"edges": [-1.0, 0.0, 1.0], "counts": counts} | more}
+
+    pair = ["shared", "exclusive"]
+    chart = drawn([row(1, [[1, 0], [0, 0]]), row(2, [[5, 6], [7, 8]], names=pair), {"tokens": 3}])
+    assert chart["Cosine of two models' decoders at the end"]["series"] == [
+        {"name": "shared", "counts": [5, 6]},
+        {"name": "exclusive", "counts": [7, 8]},
+    ]
+    logarithmic = {"tokens": 1, "density_histogram": {"log10_edges": [-1.0, 0.0], "counts": [[3], [4]]}}
+    density = drawn([logarithmic])["Density at the end"]
+    assert (density["kind"], density["edges"], names_of(density)) == ("histogram", [-1.0, 0.0], ["layer 0", "layer 1"])
+
+
+def test_curves_pass_over_gaps_and_headings_without_charts_are_left_out() -> None:
+    rows = [{"tokens": 1, "lr": 0.5}, {"tokens": 2, "lr": None}, {"tokens": 3, "lr": 0.1}]
+    [group] = curves.training_charts(rows)
+    assert (group["title"], [chart["title"] for chart in group["charts"]]) == ("Optimisation", ["Learning rate"])
+    assert group["charts"][0]["x"] == [1, 3]
+    rows = [{"tokens": 1, "decoder_norm_histogram": None}, {"tokens": 2, "ev_per_layer": [None, 0.5]}]
+    [group] = curves.training_charts(rows)
+    assert group["charts"][0]["series"] == [{"name": "layer 1", "values": [0.5]}]
 
 
 def test_broken_metrics_name_the_line(tmp_path: Path) -> None:

@@ -97,6 +97,17 @@ def test_an_undefined_figure_has_no_difference(tmp_path: Path) -> None:
     assert study_view.rows(study.study_document(members))[1][3:5] == [("–", ""), ("0", "")]
 
 
+def test_variants_without_graphs_share_no_prompts_and_take_none_away(tmp_path: Path) -> None:
+    a = member(tmp_path, "a", "bf16", 0, {(0, 1, 2)})
+    b = replace(member(tmp_path, "b", "int4", 0, {(0, 1, 2)}), prompts={}, nodes={})
+    assert study.common_prompts([b, a]) == ["p"] and study.common_prompts([b, b]) == []
+    document = study.study_document([a, b])
+    assert document["groups"][1]["overlaps"]["by_id"] is None
+    assert "graphs, against the baseline" in study_view.notes(document)[1]
+    alone = study_view.notes(document | {"prompts": []})
+    assert alone[1].startswith("No graphs are compared")
+
+
 def test_overlap_by_id_is_the_mean_over_prompts(tmp_path: Path) -> None:
     texts = {"p": "text", "q": "more", "odd": "one"}
     left = {"p": frozenset({(0, 1, 1), (0, 2, 1), (1, 3, 4)}), "q": frozenset({(0, 1, 1)}), "odd": frozenset()}

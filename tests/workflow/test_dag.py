@@ -229,6 +229,46 @@ def test_a_variant_of_something_else_than_stages_is_refused(workflow: Workflow):
     assert "a variant that overrides options of stages or of the model only; found name=other" in text
 
 
+def test_a_variant_starts_from_the_training_of_another(workflow: Workflow):
+    results = write_sweep(workflow, then="train.base=first", first="")
+    workflow.snakemake("train", "--config", "run=sweep")
+    assert call_of(results / "then/train/manifest.json", "--base") == ["first/train/manifest.json"]
+    assert call_of(results / "first/train/manifest.json", "--base") == []
+    write_sweep(workflow, then="train.base=first", first="train.seed=77")
+    assert workflow.planned("train", "--config", "run=sweep") == {"configure": 1, "run_train": 2, "train": 1}
+    write_sweep(workflow, then="'train.base=first', train.seed=77", first="")
+    assert workflow.planned("train", "--config", "run=sweep") == {"configure": 1, "run_train": 1, "train": 1}
+
+
+def test_a_variant_starts_from_a_training_of_another_run(workflow: Workflow):
+    results = write_sweep(workflow, a="train.base=demo/main")
+    workflow.snakemake("train", "--config", "run=sweep")
+    call = json.loads((results / "a/train/manifest.json").read_text())
+    assert call[call.index("--base") + 1] == "results/demo/main/train/manifest.json"
+    write_sweep(workflow, b="train.base=gone/main")
+    text = workflow.snakemake("train", "--config", "run=sweep", check=False)
+    assert "results/gone/main/train/manifest.json" in text and "Missing input files" in text
+
+
+def test_a_base_that_leads_back_is_refused_before_any_job(workflow: Workflow):
+    write_sweep(workflow, a="train.base=b", b="train.base=a")
+    text = workflow.snakemake("-n", "--config", "run=sweep", check=False)
+    assert "does not start from its own outcome, found a -> b -> a" in text and "Job stats" not in text
+
+
+def test_a_variant_that_cannot_be_traced_has_no_prompts(workflow: Workflow):
+    results = write_sweep(workflow, a="", b="train.architecture.skip=true")
+    prompts = len(load_run("tiny").config("attribute", "main").units())
+    planned = workflow.planned("--config", "run=sweep")
+    assert (planned["attribute_prompt"], planned["run_attribute"], planned["run_report"]) == (prompts, 2, 2)
+    workflow.snakemake("attribute", "--config", "run=sweep")
+    assert not (results / "b/attribute/prompt").exists()
+    assert len(list((results / "a/attribute/prompt").iterdir())) == prompts
+    assert "undefined: the linear skip connection" in (results / "b/config/attribute.yaml").read_text()
+    assert "undefined" not in (results / "a/config/attribute.yaml").read_text()
+    assert "Nothing to be done" in workflow.snakemake("attribute", "--config", "run=sweep")
+
+
 def test_a_run_on_another_model_has_no_toyworld(workflow: Workflow):
     planned = workflow.planned("--config", "run=gpt2")
     assert "run_toyworld" not in planned and planned["run_tokenize"] == 1

@@ -25,4 +25,7 @@ def test_stage_is_in_every_place(name: str):
 
 def test_no_other_stage_modules():
     found = {path.stem for path in (REPOSITORY / "src/circuitmill/stages").glob("*.py")} - {"__init__"}
-    assert found == {stage.name for stage in STAGES}
+    names = {stage.name for stage in STAGES}
+    assert names <= found
+    # a part of a stage that would make its module too long has the stage's name in front
+    assert {name.partition("_")[0] for name in found - names} <= names

@@ -1,4 +1,4 @@
-"""An attribution graph per prompt, in circuit-tracer's format.
+"""An attribution graph per prompt, in circuit-tracer's format; none for a transcoder that cannot be traced.
 
 Inputs:  results/<run>/<variant>/config/attribute.yaml, the manifests of tokenize, train, features, interpret,
          and of toyworld (embedded model only)

@@ -54,6 +54,11 @@ def upstream(name):
     return lambda wildcards: manifest(name).format(variant=RUN.home(name, wildcards.variant))
 
 
+def base():
+    """Input function: the training that a variant's `train.base` names. Absent if there is none."""
+    return lambda wildcards: [f"results/{name}/train/manifest.json" for name in [RUN.base(wildcards.variant)] if name]
+
+
 def unit_manifests(name):
     """Input function: the outputs of all units of a stage, known from the configuration alone."""
 

@@ -1,7 +1,7 @@
 """Fit, sparsity, the replacement model and task accuracy, on held-out tokens.
 
-Inputs:  results/<run>/<variant>/config/evaluate.yaml, results/<run>/tokenize/manifest.json,
-         results/<run>/<variant>/train/manifest.json, results/<run>/toyworld/manifest.json (embedded model only)
+Inputs:  results/<run>/<variant>/config/evaluate.yaml, the manifests of tokenize, cache, train,
+         and of toyworld (embedded model only)
 Outputs: results/<run>/<variant>/evaluate/manifest.json; beside it evaluation.json, *.parquet, plots/
 """
 
@@ -12,6 +12,7 @@ rule run_evaluate:
         config=frozen("evaluate"),
         toyworld=upstream("toyworld"),
         tokenize=upstream("tokenize"),
+        cache=upstream("cache"),
         train=upstream("train"),
     output:
         manifest=manifest("evaluate"),
@@ -30,4 +31,5 @@ rule run_evaluate:
         out=beside,
     shell:
         "python -m circuitmill evaluate --config {input.config} --toyworld {input.toyworld}"
-        " --tokenize {input.tokenize} --train {input.train} --out {params.out} 2>&1 | tee {log} >&2"
+        " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --out {params.out}"
+        " 2>&1 | tee {log} >&2"

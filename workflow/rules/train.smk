@@ -1,7 +1,7 @@
 """The cross-layer transcoder.
 
 Inputs:  results/<run>/<variant>/config/train.yaml, the manifests of tokenize, cache,
-         and of toyworld (embedded model only)
+         of toyworld (embedded model only), and of the training that train.base names, if it does
 Outputs: results/<run>/<variant>/train/manifest.json; beside it model/, metrics.jsonl, checkpoints/
 """
 
@@ -13,6 +13,7 @@ rule run_train:
         toyworld=upstream("toyworld"),
         tokenize=upstream("tokenize"),
         cache=upstream("cache"),
+        base=base(),
     output:
         manifest=manifest("train"),
     log:
@@ -32,5 +33,5 @@ rule run_train:
         ranks=lambda wildcards, resources: max(1, resources.gpu),
     shell:
         "torchrun --standalone --nproc-per-node {params.ranks} -m circuitmill train --config {input.config}"
-        " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --out {params.out}"
-        " 2>&1 | tee {log} >&2"
+        " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --base {input.base}"
+        " --out {params.out} 2>&1 | tee {log} >&2"

@@ -105,6 +105,15 @@ class ArchitectureConfig:
         return self.topology in REPRODUCES
 
     @property
+    def unreplaceable(self) -> str:
+        """Why no language model runs with it in place of MLPs; empty if one does."""
+        if self.reproduces:
+            return f"topology {self.topology} writes what it reads, not what MLPs write"
+        if self.topology == "acausal":
+            return "topology acausal writes to layers that run before those it reads"
+        return ""
+
+    @property
     def untraceable(self) -> str:
         """Why no attribution graph is defined; empty if one is."""
         if self.topology not in TRACEABLE:

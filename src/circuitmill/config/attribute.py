@@ -33,6 +33,9 @@ class AttributeConfig:
     """Features per graph whose edges are compared with interventions; 0 for none."""
     feature_windows: int
     """Most windows of a group in a feature's file."""
+    undefined: str = ""
+    """Why this variant's transcoder has no graphs, so that no prompt is traced. Not an option: a run sets it from
+    train.architecture."""
 
     def __post_init__(self) -> None:
         for key in ("max_logits", "max_feature_nodes", "feature_windows"):
@@ -49,7 +52,7 @@ class AttributeConfig:
                 where="attribute.circuits",
                 fix="set attribute.circuits={} and name prompts in attribute.prompts",
             )
-        names = self.units()
+        names = self._names()
         self._require(bool(names), "at least one circuit or prompt", "prompts", "none")
         for name in names:
             self._require(
@@ -67,7 +70,10 @@ class AttributeConfig:
             raise ConfigError(expected, found=found, where=f"attribute.{key}", fix="change the value")
 
     def units(self) -> tuple[str, ...]:
-        """Names of the prompts, circuits first."""
+        """Names of the prompts that are traced, circuits first; none if no graph is defined."""
+        return () if self.undefined else self._names()
+
+    def _names(self) -> tuple[str, ...]:
         return (*self.circuit_of(), *self.prompts)
 
     def circuit_of(self) -> dict[str, tuple[str, int]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from circuitmill.config.activations import Hookpoint, check_activations
 from circuitmill.config.model import ModelConfig
 from circuitmill.errors import ConfigError
 
@@ -13,6 +14,15 @@ class CacheConfig:
 
     model: ModelConfig
     """The model whose activations are stored."""
+    hookpoint: Hookpoint
+    """Where in a block: mlp is the pair of what the MLP reads and writes; at the others what is read is what a
+    transcoder reconstructs. mlp_in and mlp_out are the two ends of the MLP, attn_out what attention adds, resid_pre,
+    resid_mid and resid_post the residual stream before, inside and after the block."""
+    layers: tuple[int, ...] | None
+    """Blocks whose hookpoint is stored, from 0, in both models if there are two; null is all. Not with mlp."""
+    second_model: ModelConfig | None
+    """Another model with the same tokenizer and d_model, run on the same tokens; its places follow the first's in the
+    store, for a crosscoder over models. Not with mlp."""
     train_shards: int
     """Shards of the train split; each is one job."""
     heldout_shards: int
@@ -25,8 +35,9 @@ class CacheConfig:
     """Sequences in one forward pass."""
     mode: Literal["disk", "stream"]
     """Stored in shards, or computed by the model while the transcoder trains."""
-    targets: Literal["stored", "recomputed"]
-    """MLP outputs stored beside the inputs, or computed again from them by the trainer with the model's own MLPs."""
+    targets: Literal["stored", "recomputed", "inputs"]
+    """MLP outputs stored beside the inputs, or computed again from them by the trainer with the model's own MLPs; or,
+    with every hookpoint but mlp, inputs: what is read is what is to be reconstructed."""
     codec: Literal["float32", "bf16", "int8", "int4", "int2", "entropy"]
     """Stored form of a number; `circuitmill.core.codecs` describes each."""
     bits: float
@@ -55,6 +66,15 @@ class CacheConfig:
             self._require(getattr(self, key) is None or getattr(self, key) > 0, "a positive number or null", key)
         self._require(0 <= self.compression_level <= 22, "a level from 0 to 22", "compression_level")
         self._require(1 <= self.bits <= 7, "1 to 7 bits", "bits")
+        check_activations(self, "cache")
+        pair = self.hookpoint == "mlp"
+        self._require(
+            (self.targets == "inputs") != pair,
+            "stored or recomputed with hookpoint mlp"
+            if pair
+            else f"inputs with hookpoint {self.hookpoint}: what is read there is what is reconstructed",
+            "targets",
+        )
 
     def _require(self, good: bool, expected: str, key: str) -> None:
         if not good:

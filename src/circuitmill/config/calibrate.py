@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from circuitmill.config.activations import Hookpoint, check_activations
 from circuitmill.config.model import ModelConfig
 from circuitmill.errors import ConfigError
 
@@ -12,6 +13,12 @@ class CalibrateConfig:
 
     model: ModelConfig
     """The model whose activations are measured."""
+    hookpoint: Hookpoint
+    """Where in a block; as in stage cache, which must agree."""
+    layers: tuple[int, ...] | None
+    """Blocks; as in stage cache."""
+    second_model: ModelConfig | None
+    """Another model; as in stage cache."""
     tokens: int
     """Tokens whose moments are taken, BOS included, in whole sequences spread evenly over the train split."""
     sample_tokens: int
@@ -28,3 +35,4 @@ class CalibrateConfig:
                     where=f"calibrate.{key}",
                     fix="change the value",
                 )
+        check_activations(self, "calibrate")

@@ -14,7 +14,8 @@ class ModelConfig:
     """Made by stage toyworld, on the Hugging Face hub, a local folder in Hugging Face's layout, or a local folder
     written by `circuitmill.lm.lens.save_lens_model`."""
     name: str
-    """Hub name or folder; a label only for the embedded model."""
+    """Hub name or folder; a label for the embedded model, whose snapshot from early pretraining is meant if the label
+    ends in -early."""
     revision: str
     """Commit, tag or branch on the hub; empty for the other sources."""
     dtype: Literal["float32", "bfloat16"]

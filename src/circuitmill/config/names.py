@@ -41,5 +41,6 @@ def require_known(name: str, known: Collection[str], where: str) -> None:
 def _can_be_found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
+    except (ImportError, ValueError):
+        # a parent package is missing or cannot be imported; two dots in a row
         return False

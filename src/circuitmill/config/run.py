@@ -1,11 +1,13 @@
 """A whole run: which model, which stages, which variants, and which variants share the output of a stage."""
 
+import dataclasses
 import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from circuitmill.config.decode import decode
+from circuitmill.config.together import check_together, qualified
 from circuitmill.errors import ConfigError
 from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, Stage
 from circuitmill.pipeline import stage as stage_row
@@ -71,6 +73,10 @@ class Run:
         """The frozen configuration of a stage, for a variant; without one, of a stage that all variants share."""
         return self.stages[stage][self.home(stage, variant) if variant else ""]
 
+    def base(self, variant: str) -> str:
+        """The training that a variant starts from, as run/variant; "" for none."""
+        return qualified(self.config("train", variant).base, self.name)
+
 
 def variant_names(variants: dict) -> tuple[str, ...]:
     """Names of a run's variants; a run that lists none has the one variant `main`.
@@ -97,7 +103,8 @@ def decode_run(composed: dict[str, dict]) -> Run:
         composed: Variant name -> plain composed tree (top-level keys: name, model, variants, one per stage).
 
     Raises:
-        ConfigError: anything is wrong with any of them, or only some of them are on the embedded model.
+        ConfigError: anything is wrong with any of them, their stages do not go together, or only some of them are on
+            the embedded model.
     """
     variants = tuple(composed)
     first = composed[variants[0]]
@@ -108,14 +115,31 @@ def decode_run(composed: dict[str, dict]) -> Run:
             "top-level keys " + ", ".join(sorted(known)), found=", ".join(unknown), where="config", fix="remove them"
         )
     rows = _rows(composed)
-    homes, stages, plain = {}, {}, {}
+    homes: dict[str, dict[str, str]] = {}
+    stages: dict[str, dict[str, Any]] = {}
+    plain: dict[str, dict[str, dict]] = {}
     for row in rows:
         homes[row.name] = _homes(row, rows, composed)
         owners = {home: home or variants[0] for home in homes[row.name].values()}
         plain[row.name] = {home: composed[owner].get(row.name, {}) for home, owner in owners.items()}
         cls = config_class(row.name)
         stages[row.name] = {home: decode(cls, data, row.name) for home, data in plain[row.name].items()}
-    return Run(first["name"], variants, homes, stages, plain)
+    run = Run(first["name"], variants, homes, stages, plain)
+    check_together(
+        run.name, {variant: {row.name: run.config(row.name, variant) for row in rows} for variant in variants}
+    )
+    _note_undefined_graphs(run)
+    return run
+
+
+def _note_undefined_graphs(run: Run) -> None:
+    """Have stage attribute of every variant know whether its transcoder can be traced: its units depend on it."""
+    for variant in run.variants:
+        reason = run.config("train", variant).architecture.untraceable
+        if reason:
+            cfg, plain = run.stages["attribute"], run.plain["attribute"]
+            cfg[variant] = dataclasses.replace(cfg[variant], undefined=reason)
+            plain[variant] = {**plain[variant], "undefined": reason}
 
 
 def _rows(composed: dict[str, dict]) -> list[Stage]:

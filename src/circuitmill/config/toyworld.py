@@ -98,20 +98,28 @@ class PretrainConfig:
     """Largest norm of the gradient."""
     checkpoint_tokens: int
     """Tokens between two checkpoints."""
+    extensions: int
+    """How many times pretraining may go on because a figure is below `accept`; 0 fails at once."""
+    extension_tokens: int
+    """Tokens per extension."""
+    extension_rate: float
+    """Share of the learning rates that an extension rises to; they fall linearly from there to `final_lr`."""
 
     def __post_init__(self) -> None:
-        for key in ("tokens", "batch_tokens", "lr_attention", "lr_mlp", "lr_rest", "clip", "checkpoint_tokens"):
+        positive = ("tokens", "batch_tokens", "lr_attention", "lr_mlp", "lr_rest", "clip", "checkpoint_tokens")
+        for key in positive:
             _require(getattr(self, key) > 0, "a positive number", getattr(self, key), f"pretrain.{key}")
-        for key in ("decay_from", "final_lr"):
+        for key in ("decay_from", "final_lr", "extension_rate"):
             _require(0 <= getattr(self, key) <= 1, "a share from 0 to 1", getattr(self, key), f"pretrain.{key}")
-        for key in ("warmup_tokens", "weight_decay"):
+        for key in ("warmup_tokens", "weight_decay", "extensions"):
             _require(getattr(self, key) >= 0, "a number of at least 0", getattr(self, key), f"pretrain.{key}")
-        _require(
-            self.tokens >= self.batch_tokens,
-            f"at least one batch ({self.batch_tokens} tokens)",
-            self.tokens,
-            "pretrain.tokens",
-        )
+        for key in ("tokens", "extension_tokens"):
+            _require(
+                getattr(self, key) >= self.batch_tokens,
+                f"at least one batch ({self.batch_tokens} tokens)",
+                getattr(self, key),
+                f"pretrain.{key}",
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ class ToyworldConfig:
     pretrain: PretrainConfig
     """How the language model is trained."""
     accept: dict[str, float]
-    """Measured figure -> what it must reach; the stage fails otherwise. Empty asks for nothing."""
+    """Measured figure -> what it must reach; pretraining goes on otherwise, and the stage fails if that does not help.
+    Empty asks for nothing."""
 
     def __post_init__(self) -> None:
         context = self.transformer.context

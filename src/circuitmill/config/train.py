@@ -11,6 +11,8 @@ NONLINEARITIES = ("relu", "jumprelu", "topk", "token_topk", "batch_topk", "batch
 """Names in `circuitmill.core.nonlinearity`."""
 TOP_K = NONLINEARITIES[2:]
 """Those that keep a given number of features."""
+OVER_SOURCES = ("token_topk", "batch_topk_all")
+"""Those that look at all sources at once."""
 TERMS: dict[str, tuple[str, ...]] = {
     "reconstruction": (),
     "tanh_sparsity": ("scale", "norm", "features"),
@@ -47,7 +49,9 @@ class NonlinearityConfig:
     k_ramp_share: float = 0.0
     """Share of the training over which it falls."""
     threshold_rate: float = 0.01
-    """Top-k kinds: weight of a step in the running mean of the least activation kept, the threshold at inference."""
+    """Top-k kinds: weight of a step in the running mean of the least activation kept."""
+    calibration_tokens: int = 16_384
+    """Top-k kinds: held-out tokens on which thresholds are set at the end, so that as many features fire."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +96,30 @@ class TermConfig:
     """auxiliary: dead features per layer and token that take part."""
     balance: bool | None = None
     """kl: weigh it so that it is as large as the reconstruction term."""
+    term: str = ""
+    """Which term this is, if not the one of its own name: for two terms of a kind, or `module:function`."""
 
-    def __post_init__(self) -> None:
-        for key, good in (
-            ("coefficient", self.coefficient >= 0),
-            ("ramp_share", 0 <= self.ramp_share <= 1),
-            ("scale", self.scale is None or self.scale > 0),
-            ("target", self.target is None or self.target > 0),
-            ("k", self.k is None or self.k > 0),
-        ):
-            if not good:
-                expected = (
-                    "a share from 0 to 1" if key == "ramp_share" else "a positive number (a coefficient may be 0)"
-                )
-                raise ConfigError(
-                    expected, found=getattr(self, key), where=f"train.loss.<term>.{key}", fix="correct the value"
-                )
+    def check(self, name: str) -> None:
+        """Refuse numbers out of range and options that a term of this kind does not take.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        kind = self.term or name
+        require_known(kind, TERMS, f"train.loss.{name}.term" if self.term else f"train.loss.{name}")
+        _require(self.coefficient >= 0, "a number of at least 0", self.coefficient, f"loss.{name}.coefficient")
+        _require(0 <= self.ramp_share <= 1, "a share from 0 to 1", self.ramp_share, f"loss.{name}.ramp_share")
+        allowed = TERMS.get(kind)
+        for key in ("scale", "norm", "features", "target", "k", "balance"):
+            given = getattr(self, key)
+            _require(
+                given is None or allowed is None or key in allowed,
+                f"no such option of term {kind}, which takes {', '.join(allowed or ()) or 'none'}",
+                given,
+                f"loss.{name}.{key}",
+            )
+            if key in ("scale", "target", "k") and (given is not None or key in (allowed or ())):
+                _require(given is not None and given > 0, "a number above 0", given, f"loss.{name}.{key}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,8 @@ class OptimizerConfig:
             ("eps", self.eps > 0, "a number above 0"),
             ("clip_norm", self.clip_norm > 0, "a number above 0"),
             ("micro_batches", self.micro_batches > 0, "a number above 0"),
-            ("weight_decay", self.weight_decay == 0 or (decays and self.weight_decay > 0), f"0 with {self.name}"),
+            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
+            ("weight_decay", self.weight_decay == 0 or decays, f"0 with {self.name}"),
         ):
             _require(good, expected, getattr(self, key), f"optimizer.{key}")
 
@@ -228,9 +241,12 @@ class TrainConfig:
         self._check_nonlinearity()
         self._check_loss()
         self.architecture.check(self.n_features)
-        _require(
-            not self.adapter_rank or bool(self.base), "0 without a base to adapt", self.adapter_rank, "adapter_rank"
-        )
+        no_vectors = self.architecture.pair_offset or self.architecture.topology == "molt"
+        for bad, expected in (
+            (not self.base, "0 without a base to adapt"),
+            (no_vectors, "0 with topology molt or pair_offset: features have no decoder vectors to change"),
+        ):
+            _require(not (self.adapter_rank and bad), expected, self.adapter_rank, "adapter_rank")
         if self.architecture.topology == "molt":
             _require(self.scaling == "rms", "rms with topology molt", self.scaling, "scaling")
         if self.architecture.decoder == "source":
@@ -242,8 +258,7 @@ class TrainConfig:
             "init.identical_models",
         )
         _require(
-            self.init.weights == "uniform"
-            or not (self.architecture.pair_offset or self.architecture.topology == "molt"),
+            self.init.weights == "uniform" or not no_vectors,
             "uniform with topology molt or pair_offset: features have no decoder vectors to transpose",
             self.init.weights,
             "init.weights",
@@ -271,6 +286,11 @@ class TrainConfig:
         _require(0 <= self.decay_share <= 1, "a share from 0 to 1", self.decay_share, "decay_share")
         most = f"fewer than n_features ({self.n_features})"
         _require(self.init.l0 < self.n_features, most, self.init.l0, "init.l0")
+        # as many of the first batch as `core.init.encoder_bias_for_rate` makes each feature fire on
+        firing = round(self.init.l0 / self.n_features * self.batch_tokens)
+        possible = self.init.encoder_bias == "zero" or bool(self.base) or 0 < firing < self.batch_tokens
+        some = f"a share of n_features ({self.n_features}) that batch_tokens ({self.batch_tokens}) can show"
+        _require(possible, some, self.init.l0, "init.l0")
         for key in ("tokens", "pool_tokens"):
             limit = getattr(self, key)
             _require(self.batch_tokens <= limit, f"at most {key} ({limit})", self.batch_tokens, "batch_tokens")
@@ -293,31 +313,29 @@ class TrainConfig:
             _require(
                 0 <= value <= self.n_features, f"0 to n_features ({self.n_features})", value, f"nonlinearity.{key}"
             )
+        _require(
+            own.calibration_tokens > 0, "a number above 0", own.calibration_tokens, "nonlinearity.calibration_tokens"
+        )
         _require(own.name not in TOP_K or own.k > 0, f"a k above 0 with {own.name}", own.k, "nonlinearity.k")
         for key in ("k_ramp_share", "threshold_rate"):
             _require(0 <= getattr(own, key) <= 1, "a share from 0 to 1", getattr(own, key), f"nonlinearity.{key}")
+        falls = own.k_start >= own.k or not own.k_start
+        _require(falls, f"0, or at least k ({own.k:g}), to which it falls", own.k_start, "nonlinearity.k_start")
+        both = (own.k_start > 0) == (own.k_ramp_share > 0)
+        _require(both, "above 0 with a k_start, and 0 without", own.k_ramp_share, "nonlinearity.k_ramp_share")
+        if own.name == "topk":
+            _require(own.k == int(own.k), "a whole number, which every token keeps", own.k, "nonlinearity.k")
         if own.name == "groupmax":
             whole = own.k == int(own.k) and self.n_features % int(own.k) == 0 and not own.k_start
             _require(whole, f"a constant divisor of n_features ({self.n_features})", own.k, "nonlinearity.k")
 
     def _check_loss(self) -> None:
         for name, term in self.loss.items():
-            require_known(name, TERMS, "train.loss")
-            allowed = TERMS.get(name)
-            for key in ("scale", "norm", "features", "target", "k", "balance"):
-                given = getattr(term, key)
-                _require(
-                    given is None or allowed is None or key in allowed,
-                    f"no such option of term {name}, which takes {', '.join(allowed or ()) or 'none'}",
-                    given,
-                    f"loss.{name}.{key}",
-                )
-            for key in set(allowed or ()) & {"target", "k", "scale"}:
-                _require(getattr(term, key) is not None, "a number", None, f"loss.{name}.{key}")
+            term.check(name)
             tied = term.features in (None, "all") or self.architecture.shared > 0
             _require(tied, "all, unless architecture.shared is above 0", term.features, f"loss.{name}.features")
-        active = self.active_terms()
-        needs_threshold = [name for name in ("quadratic_l0", "frequency") if name in active]
+        active = self.active_kinds()
+        needs_threshold = [kind for kind in ("quadratic_l0", "frequency") if kind in active]
         _require(
             not needs_threshold or self.nonlinearity.name == "jumprelu",
             f"jumprelu with {', '.join(needs_threshold)}, whose gradient is by the threshold",
@@ -325,21 +343,29 @@ class TrainConfig:
             "nonlinearity.name",
         )
         _require(bool(active), "at least one term with a coefficient above 0", list(self.loss), "loss")
+        reason = self.architecture.unreplaceable
+        _require(not (self.end_to_end and reason), f"no {' or '.join(END_TO_END)}: {reason}", sorted(active), "loss")
+        own = self.nonlinearity.name
         _require(
-            not self.end_to_end or self.architecture.topology in ("clt", "plt", "molt"),
-            f"no {' or '.join(END_TO_END)} with topology {self.architecture.topology}, which replaces no MLP",
-            list(active),
-            "loss",
+            not self.end_to_end or not (own in OVER_SOURCES or is_import_path(own)),
+            f"a nonlinearity that works on one layer at a time with {' or '.join(END_TO_END)}, for which a transcoder "
+            "runs while the language model does",
+            own,
+            "nonlinearity.name",
         )
 
     def active_terms(self) -> dict[str, TermConfig]:
         """Terms whose coefficient is not zero."""
         return {name: term for name, term in self.loss.items() if term.coefficient}
 
+    def active_kinds(self) -> set[str]:
+        """What these terms are."""
+        return {term.term or name for name, term in self.active_terms().items()}
+
     @property
     def end_to_end(self) -> bool:
         """Whether the language model takes part in the loss."""
-        return any(name in END_TO_END for name in self.active_terms())
+        return not self.active_kinds().isdisjoint(END_TO_END)
 
     @property
     def steps(self) -> int:

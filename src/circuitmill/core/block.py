@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitmill.core.decoders import Mixture
+from circuitmill.core.decoders import ALL, Decoder, Mixture, SourceTied, TargetTied
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
 
@@ -55,11 +55,13 @@ class FeatureBlock:
     def logits(self, unembedding: Float[Tensor, "d_vocab d_model"], k: int) -> LogitWeights:
         """The tokens whose logits the features raise and lower most, through the residual stream alone.
 
-        A feature writes the sum of its decoder vectors; the mean effect over the vocabulary changes no probability
-        and is taken out. A transform of a mixture writes no vector, so for those there are no tokens.
+        What counts is the sum of a feature's decoder vectors over its targets: of a crosscoder over models, over those
+        of the last model; with offsets on active features, what a unit of activation adds. The mean effect over the
+        vocabulary changes no probability and is taken out. A transform of a mixture writes no vector, so for those
+        there are no tokens.
 
         Args:
-            unembedding: With the final norm's gain folded in.
+            unembedding: With the final norm's gain folded in; that of the last model.
             k: At most so many tokens each way.
         """
         centred = unembedding - unembedding.mean(dim=0)
@@ -78,6 +80,19 @@ class FeatureBlock:
         )
 
     def _written(self, source: int, d_model: int) -> Float[Tensor, "feature d_model"]:
-        if isinstance(self._transcoder.decoder, Mixture):
+        decoder, architecture = _linear(self._transcoder.decoder), self._transcoder.architecture
+        if isinstance(decoder, Mixture):
             return self._transcoder.W_enc.new_zeros(self.width, d_model)
-        return self._transcoder.decoder_block(source, self.span).sum(dim=1)
+        per_model = self._transcoder.n_layers // architecture.models
+        targets = slice(-per_model, None) if architecture.models > 1 else ALL
+        return decoder.block(source, self.span)[:, targets].sum(dim=1)
+
+
+def _linear(decoder: Decoder) -> Decoder:
+    """A decoder without offsets, which shares its parameters."""
+    if not isinstance(decoder, TargetTied | SourceTied) or decoder.pair_offset is None:
+        return decoder
+    with torch.device("meta"):
+        linear = type(decoder)(decoder.topology, decoder.n_features, decoder.d_model, scale=False, offset=False)
+    linear.W_dec, linear.pair_scale = decoder.W_dec, decoder.pair_scale
+    return linear

@@ -1,12 +1,13 @@
 """Thresholds for a transcoder that was trained with a top-k kind, so that each feature fires by itself.
 
 What a top-k kind keeps depends on the other features, or on the other tokens of a batch. With a threshold per feature
-the transcoder can be evaluated, exported and traced. All thresholds of a source are that source's running mean of the
-least activation kept (Bussmann et al. 2024, "BatchTopK", section 3) times one factor, with which as many features fire
-on held-out tokens as the top-k kind keeps there.
+the transcoder can be evaluated, exported and traced. All features of a source get one threshold (Bussmann et al. 2024,
+"BatchTopK", section 3), with which as many fire on held-out tokens as the top-k kind keeps there.
 
-The factor is not searched for: if N places are to be above the threshold, it is the (N + 1)-th largest pre-activation
-divided by the unscaled threshold, kept as a running list of the largest.
+It is not searched for: if N places are to fire, it is the middle between the N-th largest pre-activation and the next.
+Which values that will be is known at the end only, because a later batch may keep more than it has large values for. So
+nothing is forgotten that may still be one of the N + 1 largest: every positive value, unless an upper bound of N is
+given.
 """
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.errors import DivergedError
+from circuitmill.errors import DivergedError, ShapeError
 
 
 class ThresholdCalibration:
@@ -22,13 +23,14 @@ class ThresholdCalibration:
 
     Args:
         n_sources: Groups of features.
-        most: Upper bound of firings per token and source; more is not remembered.
+        most: Upper bound of the places that are kept of one source, over all batches. With it twice as many values are
+            in memory between two batches, without it all positive ones.
     """
 
-    def __init__(self, n_sources: int) -> None:
-        self.n_tokens = 0
+    def __init__(self, n_sources: int, most: int | None = None) -> None:
+        self.n_tokens, self._most = 0, most
         self._wanted = [0] * n_sources
-        self._largest: list[Tensor] = [torch.empty(0) for _ in range(n_sources)]
+        self._positive: list[list[Tensor]] = [[] for _ in range(n_sources)]
 
     @torch.no_grad()
     def update(self, pre: list[Float[Tensor, "token feature"]], kept: list[int]) -> None:
@@ -37,15 +39,36 @@ class ThresholdCalibration:
         Args:
             pre: Pre-activations, by source.
             kept: How many places the top-k kind keeps of each.
+
+        Raises:
+            ShapeError: another number of sources, or more is kept than the upper bound says.
         """
+        if not len(pre) == len(kept) == len(self._wanted):
+            raise ShapeError(
+                f"{len(self._wanted)} sources",
+                found=f"pre-activations of {len(pre)}, kept places of {len(kept)}",
+                where="ThresholdCalibration.update",
+                fix="pass one entry per source",
+            )
         self.n_tokens += len(pre[0])
         for source, (values, count) in enumerate(zip(pre, kept, strict=True)):
             self._wanted[source] += count
-            positive = values[values > 0]
-            pool = torch.cat([self._largest[source].to(positive), positive])
-            # one more than wanted so far, and room for batches in which more is kept than in this one
-            room = min(len(pool), 2 * self._wanted[source] + 1)
-            self._largest[source] = pool.topk(room).values
+            self._positive[source].append(values[values > 0])
+            if self._most is not None:
+                self._forget(source, self._most)
+
+    def _forget(self, source: int, most: int) -> None:
+        """All but the `most` + 1 largest, once that halves what is remembered."""
+        if self._wanted[source] > most:
+            raise ShapeError(
+                f"at most {most} places kept of a source",
+                found=str(self._wanted[source]),
+                where=f"source {source} of the transcoder",
+                fix="raise the upper bound",
+            )
+        remembered = self._positive[source]
+        if sum(map(len, remembered)) > 2 * (most + 1):
+            self._positive[source] = [torch.cat(remembered).topk(most + 1).values]
 
     def thresholds(self) -> Float[Tensor, " source"]:
         """One threshold per source, between the last place that is to fire and the next.
@@ -54,17 +77,18 @@ class ThresholdCalibration:
             DivergedError: a source has nothing that fires.
         """
         found = []
-        for source, (values, wanted) in enumerate(zip(self._largest, self._wanted, strict=True)):
-            if not 0 < wanted <= len(values):
+        for source, (parts, wanted) in enumerate(zip(self._positive, self._wanted, strict=True)):
+            n_positive = sum(map(len, parts))
+            if not 0 < wanted <= n_positive:
                 raise DivergedError(
                     "features that fire on held-out tokens",
-                    found=f"{wanted} places kept, {len(values)} above zero",
+                    found=f"{wanted} places kept, {n_positive} above zero",
                     where=f"source {source} of the transcoder",
                     fix="train longer, or with a larger train.nonlinearity.k",
                 )
-            # the threshold itself does not fire
-            below = values[wanted] if wanted < len(values) else values[wanted - 1] / 2
-            found.append(below)
+            values = torch.cat([*parts, parts[0].new_zeros(1)])
+            # the middle, so that rounding the logarithm of the threshold moves neither across it
+            found.append(values.topk(wanted + 1).values[-2:].double().mean())
         return torch.stack(found)
 
     def l0(self) -> Float[Tensor, " source"]:

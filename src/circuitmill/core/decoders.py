@@ -119,8 +119,8 @@ class _Paired(Decoder):
     def __init__(self, topology: Topology, n_features: int, d_model: int, *, scale: bool, offset: bool) -> None:
         super().__init__(topology, n_features, d_model)
         shape = (topology.n_pairs, n_features)
-        self.pair_scale = nn.Parameter(torch.ones(shape)) if scale else None
-        self.pair_offset = nn.Parameter(torch.zeros(shape)) if offset else None
+        self.pair_scale: nn.Parameter | None = nn.Parameter(torch.ones(shape)) if scale else None
+        self.pair_offset: nn.Parameter | None = nn.Parameter(torch.zeros(shape)) if offset else None
 
     def _adjusted(self, a: Operand, pair: int, span: slice) -> Operand:
         scale, offset = (None if part is None else part[pair, span] for part in (self.pair_scale, self.pair_offset))

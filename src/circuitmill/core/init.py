@@ -70,17 +70,23 @@ def january_2025(transcoder: Transcoder, *, generator: torch.Generator) -> None:
     """W_dec ~ U(+-1/sqrt(d_model)), W_enc = (d_model / n_features) W_dec^T ("Circuits Updates, January 2025").
 
     Defined there for one layer; a cross-layer transcoder takes the block of its own layer for the transpose, and the
-    other blocks as in `uniform`.
+    other blocks as in `uniform`. Decoders that sources or targets share have the larger scale everywhere, and so have a
+    crosscoder's, all of whose layers are its own.
     """
     bound = 1 / math.sqrt(transcoder.d_model)
     _uniform_decoder(transcoder, bound, generator)
     _transpose(transcoder, transcoder.d_model / transcoder.n_features)
-    if not transcoder.topology.reads_one:
+    topology, decoder = transcoder.topology, transcoder.decoder
+    if not topology.reads_one:
         return
-    for source, block in enumerate(_exclusive_blocks(transcoder)):
-        for index, target in enumerate(transcoder.topology.writes[source]):
-            if target != source:
-                block[:, index] /= math.sqrt(transcoder.n_layers)
+    for source, targets in enumerate(topology.writes):
+        for index, target in enumerate(targets):
+            if target == source:
+                continue
+            if isinstance(decoder, Untied):
+                decoder.W_dec[source][:, index] /= math.sqrt(transcoder.n_layers)
+            elif isinstance(decoder, LowRank):
+                decoder.P[topology.pairs(source)[index]] /= math.sqrt(transcoder.n_layers)
 
 
 def _transpose(transcoder: Transcoder, factor: float) -> None:
@@ -128,10 +134,11 @@ def identical_models(transcoder: Transcoder) -> None:
 
 @torch.no_grad()
 def encoder_bias_for_rate(transcoder: Transcoder, x: Float[Tensor, "token layer d_model"], *, rate: float) -> None:
-    """Set every encoder bias so that its feature fires on a share `rate` of these tokens.
+    """Set every encoder bias so that its feature fires on a share `rate` of these tokens, exactly.
 
     b_enc = threshold - quantile_{1 - rate}(W_enc x), "Circuits Updates, January 2025"; one selection per source over
-    all features at once.
+    all features at once. The quantile is the middle between the last token that fires and the next, which rounding
+    cannot push over the threshold.
 
     Args:
         x: Normalised inputs; some thousands of tokens, at least 1 / rate of them.
@@ -152,9 +159,8 @@ def encoder_bias_for_rate(transcoder: Transcoder, x: Float[Tensor, "token layer 
     transcoder.b_enc.zero_()
     for source in range(transcoder.n_sources):
         drive = transcoder.pre_activations_source(source, x).T.contiguous()
-        # the (n_firing)-th largest and the one below it straddle the quantile: exactly n_firing tokens exceed it
-        low = drive.kthvalue(n_tokens - n_firing, dim=1).values
-        transcoder.b_enc[source] = transcoder.threshold[source] - low
+        last, following = drive.topk(n_firing + 1, dim=1).values[:, -2:].unbind(dim=1)
+        transcoder.b_enc[source] = transcoder.threshold[source] - (last + following) / 2
 
 
 @torch.no_grad()

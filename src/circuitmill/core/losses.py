@@ -25,13 +25,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitmill.config.names import is_import_path
+from circuitmill.config.names import require_known
 from circuitmill.config.train import TermConfig
 from circuitmill.core.imports import function_at
 from circuitmill.core.nonlinearity import Settings, step
 from circuitmill.core.operand import Operand
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.errors import ConfigError
 from circuitmill.kernels import sparse
 
 
@@ -110,8 +109,12 @@ def tanh_sparsity(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
 
 
 def l1(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
-    """Written length, added up over features."""
-    return _over_sources(batch, torch.abs, batch.weights(term))
+    """Written length, added up over features.
+
+    Activations are not negative. An absolute value would have no derivative at zero, where a feature that is just below
+    its threshold gets half of the straight-through estimate.
+    """
+    return _over_sources(batch, lambda written: written, batch.weights(term))
 
 
 def _over_sources(batch: Evaluation, function: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ def auxiliary(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
     for source, pre in enumerate(batch.pre):
         a = sparse.strongest(pre, k, batch.dead[source])
         written = coder.decoder.written(source, a, batch.x[:, source])
-        explained = explained.index_add(1, _targets(coder, source, error.device), written)
+        explained = explained.index_add(1, _targets(coder, source, error.device), written.to(error.dtype))
     return min(1.0, n_dead / (k * coder.n_sources)) * squared_error(error, explained)
 
 
@@ -197,10 +200,7 @@ def find_term(name: str) -> Term:
     """The row of this name, or a function elsewhere.
 
     Raises:
-        ConfigError: no such row, or nothing callable at the import path.
+        ConfigError: no such row, then it names the nearest one; or nothing callable at the import path.
     """
-    if name in TERMS:
-        return TERMS[name]
-    if is_import_path(name):
-        return function_at(name, f"train.loss.{name}")
-    raise ConfigError(f"one of {', '.join(TERMS)}", found=repr(name), where="train.loss", fix="name one of them")
+    require_known(name, TERMS, f"train.loss.{name}")
+    return TERMS[name] if name in TERMS else function_at(name, f"train.loss.{name}")

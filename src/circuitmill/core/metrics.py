@@ -64,6 +64,8 @@ class ExplainedVariance:
 class Firing:
     """How often features fire, and how many fire at once (L0), per layer and in total.
 
+    A layer is one that features read: a source. Features that read several layers together count as one layer.
+
     >>> firing = Firing(n_layers=1, n_features=3)
     >>> firing.update(torch.tensor([[[1.0, 0.0, 0.0]], [[2.0, 1.0, 0.0]]]))
     >>> firing.l0(), firing.density()

@@ -26,9 +26,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitmill.config.names import is_import_path
+from circuitmill.config.names import require_known
 from circuitmill.core.imports import function_at
-from circuitmill.errors import ConfigError
 
 Derivative = Literal["chain", "direct"]
 
@@ -189,13 +188,16 @@ def largest(values: Float[Tensor, "row column"], k: int) -> Bool[Tensor, "row co
     tensor([[False,  True,  True, False]])
     """
     k = min(k, values.shape[1])
+    if k <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
     # kthvalue takes the k-th smallest
     least = values.kthvalue(values.shape[1] - k + 1, dim=1, keepdim=True).values
     kept = values >= least
-    excess = kept.sum(dim=1) - k
-    for row in excess.nonzero().flatten().tolist():
-        ties = (values[row] == least[row]).nonzero().flatten()
-        kept[row, ties[len(ties) - int(excess[row]) :]] = False
+    rows = (kept.sum(dim=1) > k).nonzero().flatten()
+    if len(rows):
+        above, ties = values[rows] > least[rows], values[rows] == least[rows]
+        room = k - above.sum(dim=1, keepdim=True)
+        kept[rows] = above | (ties & (ties.cumsum(dim=1) <= room))
     return kept
 
 
@@ -223,12 +225,9 @@ def find_nonlinearity(name: str) -> Nonlinearity:
     """The row of this name, or a function elsewhere, which then sees all sources at once.
 
     Raises:
-        ConfigError: no such row, or nothing callable at the import path.
+        ConfigError: no such row, then it names the nearest one; or nothing callable at the import path.
     """
+    require_known(name, NONLINEARITIES, "train.nonlinearity.name")
     if name in NONLINEARITIES:
         return NONLINEARITIES[name]
-    if is_import_path(name):
-        return Nonlinearity(function_at(name, "train.nonlinearity.name"), "all")
-    raise ConfigError(
-        f"one of {', '.join(NONLINEARITIES)}", found=repr(name), where="train.nonlinearity.name", fix="name one of them"
-    )
+    return Nonlinearity(function_at(name, "train.nonlinearity.name"), "all")

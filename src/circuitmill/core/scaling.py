@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuitmill.core.decoders import Mixture
 from circuitmill.core.transcoder import Transcoder
+from circuitmill.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,15 @@ def fold(transcoder: Transcoder, scaling: Scaling) -> Transcoder:
     thresholds stay.
 
     Raises:
-        ShapeError: decoders that targets share cannot hold a scale per dimension.
+        ShapeError: decoders that targets share cannot hold a scale per dimension, transforms no center.
     """
+    if isinstance(transcoder.decoder, Mixture) and scaling.input_center.any():
+        raise ShapeError(
+            "inputs with center zero for transforms, which have no constant part",
+            found="a mean per dimension",
+            where="architecture",
+            fix="train with scaling rms",
+        )
     folded = copy.deepcopy(transcoder)
     for source, layers in enumerate(folded.topology.reads):
         for row, layer in zip(folded.topology.encoders(source), layers, strict=True):

@@ -10,6 +10,8 @@ from circuitmill.core.behaviour import Behaviour
 from circuitmill.core.metrics import ExplainedVariance, Firing, cross_entropy_recovered
 
 PERCENTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
+BEHAVIOUR = ("agreement", "kl", "cross_entropy", "ce_recovered_zero", "ce_recovered_mean")
+"""Figures of `behaviour_summary`."""
 
 
 def number(value: float) -> float | None:
@@ -34,7 +36,10 @@ def fit_summary(explained: ExplainedVariance) -> dict:
 
 
 def sparsity_summary(firing: Firing) -> dict:
-    """L0 with percentiles over tokens, and features that never fired, in total and per layer."""
+    """L0 with percentiles over tokens, and features that never fired, in total and per layer.
+
+    A layer is one that features read; a crosscoder, whose features read all of them, has one entry.
+    """
     dead = firing.dead()
     return {
         "l0": float(firing.l0().sum()),
@@ -106,22 +111,31 @@ def _recovered(original: float, replaced: float, ablated: float) -> float | None
 
 
 def tables(document: dict, firing: Firing) -> dict[str, dict[str, list]]:
-    """The evaluation as tables of columns, by name: layers, features, l0 and, if there are any, tasks."""
+    """The evaluation as tables of columns, by name: layers, features, l0 and, if there are any, tasks.
+
+    What is undefined is None: behaviour of a transcoder that does not stand for MLPs, sparsity of a layer if features
+    read several.
+    """
     sparsity, one_layer = document["sparsity"]["per_layer"], document["one_layer"]
-    n_layers, n_features = firing.n_active.shape
+    n_sources, n_features = firing.n_active.shape
+    n_layers = len(document["fit"]["per_layer"]["explained_variance"])
+    unknown: list[None] = [None] * n_layers
+    by_source = {
+        "l0": sparsity["l0"],
+        **{f"l0_{name}": values for name, values in sparsity["l0_percentiles"].items()},
+        "dead": sparsity["dead"],
+    }
     l0_tokens = firing.l0_total_histogram.tolist()
     found = {
         "layers": {
             "layer": list(range(n_layers)),
             **document["fit"]["per_layer"],
-            "l0": sparsity["l0"],
-            **{f"l0_{name}": values for name, values in sparsity["l0_percentiles"].items()},
-            "dead": sparsity["dead"],
-            **{key: [row["replacement"][key] for row in one_layer] for key in one_layer[0]["replacement"]},
+            **(by_source if n_sources == n_layers else dict.fromkeys(by_source, unknown)),
+            **{key: [row["replacement"][key] for row in one_layer] if one_layer else unknown for key in BEHAVIOUR},
         },
         "features": {
-            "layer": [layer for layer in range(n_layers) for _ in range(n_features)],
-            "feature": list(range(n_features)) * n_layers,
+            "layer": [source for source in range(n_sources) for _ in range(n_features)],
+            "feature": list(range(n_features)) * n_sources,
             "n_active": firing.n_active.flatten().tolist(),
             "density": firing.density().flatten().tolist(),
         },

@@ -18,7 +18,7 @@ from circuitmill.core.decoders import ALL, Untied, make_decoder
 from circuitmill.core.nonlinearity import jumprelu
 from circuitmill.core.operand import Dense
 from circuitmill.core.topology import make_topology
-from circuitmill.errors import ShapeError
+from circuitmill.errors import ConfigError, ShapeError
 
 CLT = ArchitectureConfig()
 """A cross-layer transcoder with a decoder per source and target."""
@@ -235,7 +235,12 @@ class Transcoder(nn.Module):
 
         Args:
             kind: "concatenated", or "summed" for the sum of the lengths instead.
+
+        Raises:
+            ConfigError: another kind.
         """
+        if kind not in ("concatenated", "summed"):
+            raise ConfigError("concatenated or summed", found=repr(kind), where="norm", fix="name one of them")
         by_target = [self.decoder.target_norms(source) for source in range(self.n_sources)]
         if kind == "summed":
             return torch.stack([norms.sum(dim=1) for norms in by_target])

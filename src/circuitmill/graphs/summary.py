@@ -102,7 +102,7 @@ def with_concepts(
 
 
 def totals(graphs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over graphs, and counts of right answers and known concepts by kind of circuit."""
+    """Means over graphs, None if there are none, and counts of right answers and known concepts by kind of circuit."""
     kinds: dict[str, dict[str, int]] = {}
     for graph in graphs:
         if graph["kind"] is None:
@@ -117,6 +117,8 @@ def totals(graphs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         counts = kinds.setdefault(graph["kind"], dict.fromkeys(additions, 0))
         for key, value in additions.items():
             counts[key] += value
-    means = {f"mean_{key}": rounded(sum(graph[key] for graph in graphs) / len(graphs)) for key in SCORES}
+    means = {
+        f"mean_{key}": rounded(sum(graph[key] for graph in graphs) / len(graphs)) if graphs else None for key in SCORES
+    }
     checked = [graph["edge_check"]["relative"] for graph in graphs if graph["edge_check"] is not None]
     return {**means, "worst_edge_error": max(checked, default=None), "circuits": kinds}

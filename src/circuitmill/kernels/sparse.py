@@ -73,7 +73,9 @@ class Sparse:
         return self.entries.n_features
 
     def times(self, weight: Float[Tensor, "feature column"]) -> Float[Tensor, "token column"]:
-        """The matrix product: for each token the weighted sum of the rows of its entries."""
+        """The matrix product: for each token the weighted sum of the rows of its entries, in the activations' type."""
+        # weights may be stored in fewer bits, and no autocast applies here
+        weight = weight.to(self.values.dtype)
         return nn.functional.embedding_bag(
             self.entries.feature, weight, self.entries.offsets, mode="sum", per_sample_weights=self.values
         )

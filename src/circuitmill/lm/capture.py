@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from circuitmill.errors import ConfigError, ShapeError
@@ -16,15 +16,22 @@ class _LastMlpDone(Exception):
 
 
 def capture_mlp(
-    lm: LanguageModel, tokens: Int[Tensor, "sequence pos"]
-) -> tuple[Float[Tensor, "sequence pos layer d_model"], Float[Tensor, "sequence pos layer d_model"]]:
+    lm: LanguageModel, tokens: Int[Tensor, "sequence pos"], keep: Bool[Tensor, "sequence pos"] | None = None
+) -> tuple[Float[Tensor, "... layer d_model"], Float[Tensor, "... layer d_model"]]:
     """Run the model and keep what goes into and comes out of every MLP.
 
     The forward pass ends at the last MLP: neither the final norm nor logits are computed. The hooks are
     removed whatever happens.
 
+    Args:
+        lm: The model.
+        tokens: What it reads.
+        keep: Positions that are wanted; None for all. To leave the others out here saves a second copy of the rest.
+
     Returns:
-        Inputs (after the norm in front of the MLP) and outputs, in the model's precision, on its device.
+        Inputs (after the norm in front of the MLP) and outputs, in the model's precision, on its device: of shape
+        [sequence pos layer d_model], or with `keep` [token layer d_model] in the order of the positions, where every
+        layer is contiguous for itself.
 
     Raises:
         ConfigError: the sequences are longer than the model's context, or its architecture is unknown.
@@ -38,27 +45,35 @@ def capture_mlp(
             where="tokenize.context",
             fix="lower the context and tokenize again, or shorten the prompt",
         )
-    shape = (n_sequences, length, lm.n_layers, lm.d_model)
-    inputs = torch.empty(shape, dtype=lm.model.dtype, device=lm.device)
-    outputs = torch.empty_like(inputs)
+    seen = (n_sequences, length, lm.d_model)
+    wanted = None if keep is None else keep.flatten().nonzero().squeeze(1).to(lm.device)
+    if wanted is None:
+        empty = torch.empty(2, n_sequences, length, lm.n_layers, lm.d_model, dtype=lm.model.dtype, device=lm.device)
+    else:
+        empty = torch.empty(2, lm.n_layers, len(wanted), lm.d_model, dtype=lm.model.dtype, device=lm.device)
+        empty = empty.movedim(1, -2)
+    inputs, outputs = empty
 
-    def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def take(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             for kept, value, what in ((inputs, arguments[0], "input"), (outputs, output, "output")):
-                if value.shape != kept[:, :, layer].shape:
+                if value.shape != seen:
                     raise ShapeError(
-                        f"MLP {what} of shape {tuple(kept[:, :, layer].shape)}",
+                        f"MLP {what} of shape {seen}",
                         found=f"{tuple(value.shape)}",
                         where=f"model {lm.name}, layer {layer}",
                         fix="this architecture needs its own row in circuitmill/lm/hookpoints.py",
                     )
-                kept[:, :, layer] = value
+                if wanted is None:
+                    kept[:, :, layer] = value
+                else:
+                    torch.index_select(value.to(kept.dtype).flatten(0, 1), 0, wanted, out=kept[:, layer])
             if layer == lm.n_layers - 1:
                 raise _LastMlpDone
 
         return hook
 
-    handles = [module.register_forward_hook(keep(layer)) for layer, module in enumerate(mlps(lm.model))]
+    handles = [module.register_forward_hook(take(layer)) for layer, module in enumerate(mlps(lm.model))]
     try:
         with torch.no_grad():
             lm.model.base_model(input_ids=tokens.to(lm.device), use_cache=False)

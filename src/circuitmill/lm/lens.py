@@ -71,6 +71,11 @@ class LensModel(nn.Module):
         return self.hooked.embed.W_E.device
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, first block first."""
+        return list(self.hooked.blocks)
+
+    @property
     def mlps(self) -> list[nn.Module]:
         """The MLP module of every block: after `ln2`, and before `ln2_post` where a model has it."""
         return [block.mlp for block in self.hooked.blocks]

@@ -15,10 +15,8 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from circuitmill.errors import DivergedError, StoreError
-from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.load import LanguageModel
-
-Pair = tuple[Float[Tensor, "token layer d_model"], Float[Tensor, "token layer d_model"]]
+from circuitmill.lm.sites import Captured, Sites, mlp_sites
 
 
 @runtime_checkable
@@ -38,43 +36,44 @@ class LiveRows:
     inputs: Float[Tensor, "token layer d_model"]
     """In float32, on the model's device; so are outputs."""
     outputs: Float[Tensor, "token layer d_model"] | None
+    """None if they were not asked for."""
     sequence: Int[np.ndarray, " token"]
     position: Int[np.ndarray, " token"]
     token_id: Int[np.ndarray, " token"]
 
 
-def token_activations(lm: LanguageModel, tokens: Int32[np.ndarray, "sequence pos"], bos_id: int) -> Pair:
-    """MLP inputs and outputs of the tokens of some sequences, one sequence after the other, without BOS.
+def token_activations(sites: Sites, tokens: Int32[np.ndarray, "sequence pos"], bos_id: int) -> Captured:
+    """Activations of the tokens of some sequences, one sequence after the other, without BOS.
 
     Returns:
-        In the model's precision, on its device.
+        What is read and what is to be written (None if it is the same), in the models' precision, on their device.
 
     Raises:
         ConfigError: the sequences are longer than the model's context, or its architecture is unknown.
         DivergedError: an activation is not finite.
-        ShapeError: an MLP's input or output is not of the model's width.
+        ShapeError: an activation is not of the model's width.
     """
-    inputs, outputs = capture_mlp(lm, torch.from_numpy(tokens.astype(np.int64)))
-    keep = torch.from_numpy(tokens != bos_id).to(inputs.device)
-    kept = inputs[keep], outputs[keep]
-    for what, values in zip(("input", "output"), kept, strict=True):
-        finite = torch.isfinite(values).all(dim=2).all(dim=0)
-        if not bool(finite.all()):
-            layers = [str(layer) for layer, good in enumerate(finite.tolist()) if not good]
+    captured = sites(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(tokens != bos_id))
+    for what, values in zip(("inputs", "outputs"), captured, strict=True):
+        if values is None:
+            continue
+        finite = torch.isfinite(values).all(dim=2).all(dim=0).tolist()
+        if not all(finite):
+            bad = [place for place, good in zip(sites.places, finite, strict=True) if not good]
             raise DivergedError(
-                f"finite MLP {what}s",
+                "finite activations",
                 found="NaN or infinity",
-                where=f"layer {', '.join(layers)} of model {lm.name}",
+                where=f"{what} at {', '.join(bad)} of model {sites.name}",
                 fix="run the model in float32 (model.dtype) or check its weights",
             )
-    return kept
+    return captured
 
 
 class LiveActivations:
     """What a stage needs of an activation store, from a model in this process; nothing is stored.
 
     Args:
-        lm: Its activations.
+        lm: A model, whose MLPs' inputs and outputs are meant, or other sites of one or two.
         tokens: By split: the sequences that the cache covers.
         bos_id: The token that is left out.
         batch_sequences: Sequences in one forward pass.
@@ -83,20 +82,21 @@ class LiveActivations:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: LanguageModel | Sites,
         tokens: Mapping[str, Int32[np.ndarray, "sequence pos"]],
         *,
         bos_id: int,
         batch_sequences: int,
         manifest: Located,
     ) -> None:
-        self._lm, self._tokens, self._bos_id, self.manifest = lm, tokens, bos_id, manifest
+        self._sites = lm if isinstance(lm, Sites) else mlp_sites(lm)
+        self._tokens, self._bos_id, self.manifest = tokens, bos_id, manifest
         self._batch_sequences = batch_sequences
         # tokens up to the end of each sequence, with a zero in front
         self._ends = {
             split: np.concatenate([[0], np.cumsum((rows != bos_id).sum(axis=1))]) for split, rows in tokens.items()
         }
-        self._last: tuple[tuple[str, int], Pair] | None = None
+        self._last: tuple[tuple[str, int], Captured] | None = None
 
     def n_tokens(self, split: str) -> int:
         """Tokens of a split, BOS excluded."""
@@ -109,8 +109,15 @@ class LiveActivations:
 
         Raises:
             DivergedError: an activation is not finite.
-            StoreError: outside the split.
+            StoreError: outside the split, or outputs where what is read is what is reconstructed.
         """
+        if outputs and self._sites.hookpoint != "mlp":
+            raise StoreError(
+                f"inputs to be read alone: with hookpoint {self._sites.hookpoint} they are what is reconstructed",
+                found="outputs asked for",
+                where=self.manifest.folder,
+                fix="read with outputs=False",
+            )
         if not 0 <= start < stop <= self.n_tokens(split):
             raise StoreError(
                 f"tokens within 0 to {self.n_tokens(split)}",
@@ -120,29 +127,29 @@ class LiveActivations:
             )
         ends, size = self._ends[split], self._batch_sequences
         first, last = (int(at) // size for at in np.searchsorted(ends, [start, stop - 1], side="right") - 1)
-        parts: list[Pair] = []
+        parts: list[Captured] = []
         for number in range(first, last + 1):
             low, high = ends[number * size], ends[min((number + 1) * size, len(ends) - 1)]
             rows = slice(int(max(start - low, 0)), int(min(stop, high) - low))
             x, y = self._batch(split, number)
-            parts.append((x[rows], y[rows]))
+            parts.append((x[rows], None if y is None else y[rows]))
         sequences = self._tokens[split][first * size : (last + 1) * size]
         sequence, position = np.nonzero(sequences != self._bos_id)
         wanted = slice(start - int(ends[first * size]), stop - int(ends[first * size]))
         sequence, position = sequence[wanted], position[wanted]
         return LiveRows(
             inputs=torch.cat([x for x, _ in parts]).to(torch.float32),
-            outputs=torch.cat([y for _, y in parts]).to(torch.float32) if outputs else None,
+            outputs=torch.cat([y for _, y in parts if y is not None]).to(torch.float32) if outputs else None,
             sequence=sequence + first * size,
             position=position,
             token_id=sequences[sequence, position],
         )
 
-    def _batch(self, split: str, number: int) -> Pair:
+    def _batch(self, split: str, number: int) -> Captured:
         key = (split, number)
         if self._last is None or self._last[0] != key:
             self._last = None  # frees its memory before the next one needs as much
             size = self._batch_sequences
             tokens = self._tokens[split][number * size : (number + 1) * size]
-            self._last = (key, token_activations(self._lm, tokens, self._bos_id))
+            self._last = (key, token_activations(self._sites, tokens, self._bos_id))
         return self._last[1]

@@ -66,8 +66,11 @@ class LanguageModel:
         return self.model
 
 
+EARLY = "-early"
+"""End of the label of the embedded model that means its snapshot from early pretraining."""
 _MISSING = {
     "toyworld": "run stage toyworld",
+    EARLY: "run stage toyworld with options that keep a snapshot of pretraining",
     "folder": "give a folder written by save_pretrained",
     "transformer_lens": "give a folder written by circuitmill.lm.lens.save_lens_model",
 }
@@ -93,15 +96,16 @@ def model_location(cfg: ModelConfig, toyworld: Path | None) -> str:
                 where="--toyworld",
                 fix="pass the manifest of stage toyworld, or choose another model",
             )
-        folder = toyworld / "model"
+        folder = toyworld / ("early" if cfg.name.endswith(EARLY) else "model")
     else:
         folder = Path(cfg.name)
     if not (folder / "config.json").is_file():
+        early = cfg.source == "toyworld" and cfg.name.endswith(EARLY)
         raise ConfigError(
             "a model folder with config.json",
             found="none",
             where=f"model.name: {folder}",
-            fix=_MISSING[cfg.source],
+            fix=_MISSING[EARLY if early else cfg.source],
         )
     return str(folder)
 

@@ -1,4 +1,4 @@
-"""A transcoder measured on the model it was trained for: fit and sparsity, and what replacing MLPs does to predictions.
+"""A transcoder measured on the model it was trained on: fit and sparsity, and what replacing MLPs does to predictions.
 
 Tokens come as batches of whole sequences. BOS positions count for nothing.
 """
@@ -15,9 +15,9 @@ from circuitmill.core.behaviour import Behaviour
 from circuitmill.core.metrics import ExplainedVariance, Firing
 from circuitmill.core.summaries import behaviour_summary
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.lm.capture import capture_mlp
 from circuitmill.lm.load import LanguageModel
 from circuitmill.lm.replacement import ablated_logits, check_fits, original_logits, replacement_logits
+from circuitmill.lm.sites import Sites, mlp_sites
 
 Name = TypeVar("Name", bound=Hashable)
 Batches = Iterable[Int[Tensor, "_ pos"]]
@@ -26,35 +26,42 @@ LogitsOf = Callable[[Int[Tensor, "sequence pos"]], Float[Tensor, "sequence pos d
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a transcoder reconstructs MLP outputs, and with how many features."""
+    """How well a transcoder reconstructs what it writes, by layer, and with how many features, by source."""
 
     explained: ExplainedVariance
     firing: Firing
 
     @property
     def mean_outputs(self) -> Float[Tensor, "layer d_model"]:
-        """The mean MLP output of each layer over the tokens measured."""
+        """The mean of what is reconstructed, of each layer over the tokens measured."""
         return self.explained.mean.float()
 
 
-def measure_fit(lm: LanguageModel, transcoder: Transcoder, batches: Batches) -> Fit:
-    """Run the model as it is and reconstruct the MLP outputs it has from its MLP inputs.
+@torch.no_grad()
+def measure_fit(lm: LanguageModel | Sites, transcoder: Transcoder, batches: Batches) -> Fit:
+    """Run the model as it is and reconstruct, from what it has there, what the transcoder writes.
+
+    Args:
+        lm: A model, whose MLPs' inputs and outputs are meant, or other places of one or two: there what is read is what
+            is reconstructed.
+        transcoder: On the model's device.
+        batches: Of tokens.
 
     Raises:
         ShapeError: the transcoder was made for a model of another shape.
     """
-    check_fits(lm, transcoder)
+    sites = lm if isinstance(lm, Sites) else mlp_sites(lm)
+    check_fits(sites, transcoder)
     fit = Fit(
-        ExplainedVariance(lm.n_layers, lm.d_model, lm.device),
-        Firing(lm.n_layers, transcoder.n_features, lm.device),
+        ExplainedVariance(transcoder.n_layers, transcoder.d_model, sites.device),
+        Firing(transcoder.n_sources, transcoder.n_features, sites.device),
     )
-    with torch.no_grad():
-        for tokens in batches:
-            inputs, outputs = capture_mlp(lm, tokens)
-            counted = (tokens != lm.bos_id).to(lm.device)
-            features = transcoder.encode(inputs[counted].float())
-            fit.explained.update(outputs[counted].float(), transcoder.decode(features))
-            fit.firing.update(features)
+    for tokens in batches:
+        inputs, outputs = sites(tokens, tokens != sites.bos_id)
+        x = inputs.float()
+        features = transcoder.encode(x)
+        fit.explained.update(x if outputs is None else outputs.float(), transcoder.decode(features, x))
+        fit.firing.update(features)
     return fit
 
 
@@ -74,7 +81,10 @@ def changed_models(
     mean: Float[Tensor, "layer d_model"],
     layers: tuple[int, ...] | None = None,
 ) -> dict[str, LogitsOf]:
-    """The model with MLPs replaced by the transcoder, by zero and by the mean output; all of them without `layers`."""
+    """The model with MLPs replaced by the transcoder, by zero and by the mean output; all of them without `layers`.
+
+    The first raises ConfigError when it runs if the transcoder does not stand for MLPs.
+    """
     zero = torch.zeros_like(mean)
     return {
         "replacement": lambda tokens: replacement_logits(lm, transcoder, tokens, layers),
@@ -98,3 +108,16 @@ def measure_one_layer(
         | behaviour_summary({name: part for (name, at), part in found.items() if at == layer}, original)
         for layer in range(lm.n_layers)
     ]
+
+
+def measure_replacement(lm: LanguageModel, transcoder: Transcoder, batches: Batches) -> dict[str, float | None]:
+    """The replacement model in three figures: agreement, KL in nats, share of cross-entropy recovered from zeros."""
+    mean = torch.zeros(lm.n_layers, lm.d_model)
+    models = {"original": lambda tokens: original_logits(lm, tokens)} | changed_models(lm, transcoder, mean)
+    # zeros are both ablations here
+    del models["mean_ablation"]
+    found = measure_behaviour(lm, models, batches)
+    original = found.pop("original").cross_entropy()
+    found["mean_ablation"] = found["zero_ablation"]
+    own = behaviour_summary(found, original)["replacement"]
+    return {"agreement": own["agreement"], "kl": own["kl"], "ce_recovered": own["ce_recovered_zero"]}

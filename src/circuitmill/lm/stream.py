@@ -19,6 +19,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -26,18 +27,20 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int, Int32, Shaped
 
 from circuitmill import errors
+from circuitmill.config.activations import ActivationsConfig, Hookpoint
 from circuitmill.config.model import ModelConfig
 from circuitmill.core.codecs import Channels, Codec
-from circuitmill.errors import CircuitmillError, ClientError, UpstreamError
+from circuitmill.errors import CircuitmillError, ClientError, ConfigError, UpstreamError
 from circuitmill.lm.live import token_activations
-from circuitmill.lm.load import LanguageModel, load_language_model
 from circuitmill.lm.ring import Ring, Slot
+from circuitmill.lm.sites import Sites, load_sites
 
 SLOTS = 2
 """As many as there are reading threads: one block is computed while another is copied out."""
@@ -49,40 +52,67 @@ _PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class ExpectedModel:
-    """Which model to load, where, and what it must turn out to be."""
+    """Which activations to compute, where, and what their model or models must turn out to be."""
 
-    cfg: ModelConfig
+    model: ModelConfig
     toyworld: Path | None
     """Output folder of stage toyworld; needed for the embedded model only."""
     device: str
     n_layers: int
+    """Places at which activations are taken: layers of the model, or of both."""
     d_model: int
     digest: str
     """Of the model that the run was calibrated with."""
+    hookpoint: Hookpoint = "mlp"
+    layers: tuple[int, ...] | None = None
+    second_model: ModelConfig | None = None
+    second_digest: str = ""
+
+    @classmethod
+    def of(
+        cls, cfg: ActivationsConfig, counts: Mapping[str, Any], *, toyworld: Path | None, device: torch.device
+    ) -> "ExpectedModel":
+        """What the configuration of stage cache asks for, with what its manifest's counts say of the models."""
+        return cls(
+            cfg.model,
+            toyworld,
+            str(device),
+            n_layers=counts["n_layers"],
+            d_model=counts["d_model"],
+            digest=counts["model_digest"],
+            hookpoint=cfg.hookpoint,
+            layers=cfg.layers,
+            second_model=cfg.second_model,
+            second_digest=counts.get("second_model_digest", ""),
+        )
 
     @property
     def codec(self) -> Codec:
-        """Activations as they leave the model."""
-        return Codec("bf16" if self.cfg.dtype == "bfloat16" else "float32", self.n_layers, self.d_model)
+        """Activations as they leave the models."""
+        models = (self.model, self.second_model or self.model)
+        bits = all(cfg.dtype == "bfloat16" for cfg in models)
+        return Codec("bf16" if bits else "float32", self.n_layers, self.d_model)
 
-    def load(self) -> LanguageModel:
-        """The model.
+    def load(self) -> Sites:
+        """The model or models.
 
         Raises:
-            ConfigError: model or tokenizer cannot be loaded.
+            ConfigError: a model or tokenizer cannot be loaded.
             StoreError: a weight file is damaged.
             UpstreamError: it is another one, or the embedded model is not there.
         """
-        lm = load_language_model(self.cfg, toyworld=self.toyworld, device=torch.device(self.device))
-        found = (lm.digest, lm.n_layers, lm.d_model)
-        if found != (self.digest, self.n_layers, self.d_model):
+        sites = load_sites(self, toyworld=self.toyworld, device=torch.device(self.device))
+        expected = [self.digest, self.second_digest][: len(sites.lms)]
+        if (list(sites.digests.values()), sites.n_layers, sites.d_model) != (expected, self.n_layers, self.d_model):
+            names = " and ".join(digest[:12] for digest in expected)
+            found = " and ".join(digest[:12] for digest in sites.digests.values())
             raise UpstreamError(
-                f"model {self.digest[:12]} of {self.n_layers} layers and d_model {self.d_model}, as it was calibrated",
-                found=f"{lm.digest[:12]} of {lm.n_layers} layers and d_model {lm.d_model}",
-                where=f"cache.model.name: {lm.name}",
+                f"model {names} of {self.n_layers} layers and d_model {self.d_model}, as it was calibrated",
+                found=f"{found} of {sites.n_layers} layers and d_model {sites.d_model}",
+                where=f"cache.model.name: {sites.name}",
                 fix="run stages calibrate and cache again with this model",
             )
-        return lm
+        return sites
 
 
 @dataclass(frozen=True)
@@ -133,13 +163,16 @@ class LiveBlocks:
         tokens: Of the split, as far as the run may use it.
         bos_id: The token whose activations are left out.
         batch_sequences: At most so many sequences in a block, which is one forward pass.
-        outputs: Whether MLP outputs are handed over beside the inputs.
+        outputs: Whether MLP outputs are handed over beside the inputs; with hookpoint mlp alone.
         n_slots: Blocks in shared memory; more than there are reading threads are of no use.
         threads: Of the producer on a CPU. None takes half of those that this process uses: both work at the same
             time, and while the trainer waits for the producer the cores are free.
 
     Attributes:
         codec, channels, sizes, strata: See `stores.batches.Blocks`.
+
+    Raises:
+        ConfigError: outputs of another hookpoint.
     """
 
     def __init__(
@@ -153,6 +186,13 @@ class LiveBlocks:
         n_slots: int = SLOTS,
         threads: int | None = None,
     ) -> None:
+        if outputs and model.hookpoint != "mlp":
+            raise ConfigError(
+                f"inputs alone with hookpoint {model.hookpoint}: they are what is reconstructed",
+                found="outputs asked for",
+                where="cache.targets",
+                fix="set cache.targets=inputs",
+            )
         self._model, self._tokens, self._bos_id = model, tokens, bos_id
         self._n_slots, self._threads = n_slots, threads or max(1, torch.get_num_threads() // 2)
         self.n_blocks = -(-len(tokens) // batch_sequences)
@@ -315,7 +355,7 @@ def _produce(model: ExpectedModel, bos_id: int, ring: Ring, connections: list[Co
                 connection.send(_Failure.of(error))
 
 
-def _serve(lm: LanguageModel, bos_id: int, codec: Codec, pairs: list[tuple[Connection, Slot]]) -> None:
+def _serve(sites: Sites, bos_id: int, codec: Codec, pairs: list[tuple[Connection, Slot]]) -> None:
     """Answer requests, in turn if there are several, until the other side is gone."""
     while True:
         ready = wait([connection for connection, _ in pairs])
@@ -326,19 +366,21 @@ def _serve(lm: LanguageModel, bos_id: int, codec: Codec, pairs: list[tuple[Conne
                 request: _Request = connection.recv()
             except (EOFError, OSError):
                 return
-            _fill(slot, request, lm, bos_id, codec)
+            _fill(slot, request, sites, bos_id, codec)
             with contextlib.suppress(OSError):  # gone: the next round notices
                 connection.send(None)
 
 
-def _fill(slot: Slot, request: _Request, lm: LanguageModel, bos_id: int, codec: Codec) -> None:
+def _fill(slot: Slot, request: _Request, sites: Sites, bos_id: int, codec: Codec) -> None:
     """Compute a block and write it into its slot.
 
     Raises:
         DivergedError: an activation is not finite.
     """
-    inputs, outputs = token_activations(lm, slot.tokens[: request.sequences], bos_id)
-    neutral = Channels.neutral(lm.n_layers, lm.d_model)
+    inputs, outputs = token_activations(sites, slot.tokens[: request.sequences], bos_id)
+    neutral = Channels.neutral(sites.n_layers, sites.d_model)
     for (place, name), values in slot.values.items():
-        stored = codec.encode_block(inputs if place == "inputs" else outputs, neutral)
+        x = inputs if place == "inputs" else outputs
+        assert x is not None  # noqa: S101  LiveBlocks asks for outputs of MLPs alone
+        stored = codec.encode_block(x, neutral)
         torch.from_numpy(values[: request.tokens]).copy_(stored[name])

@@ -15,6 +15,8 @@ Gather:
 | graph_data/<name>.json | the graphs |
 | features/<id>.json | one file per feature of any graph; id is the Cantor number of (layer, feature) |
 | summary.json | `graphs`: the figures of every graph with the features that name known concepts; totals |
+
+Of a transcoder that cannot be traced there are no units: `graphs` is empty and `undefined` says why.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from circuitmill.stores.explanations import ExplanationStore
 from circuitmill.stores.features import FeatureStore
 from circuitmill.stores.graphs import feature_document, graph_features, read_graph, read_json, write_index, write_json
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams, plain
+from circuitmill.stores.transcoders import MODEL, circuit_tracer_folder, read_architecture
 
 EDGE_TOLERANCE = 1e-3
 """Largest difference between an edge and an intervention, relative to the largest edge (or 1)."""
@@ -55,7 +58,8 @@ def run_unit(
     """Trace, check, prune, score and write the graph of one prompt.
 
     Raises:
-        ConfigError: an unknown prompt, an empty one or one longer than the context; a model that cannot be traced.
+        ConfigError: an unknown prompt, an empty one or one longer than the context; a model or a transcoder that cannot
+            be traced.
         UpstreamError: an upstream is missing or does not fit; no feature of the transcoder is active on the prompt.
         DivergedError: an edge differs from what an intervention does.
     """
@@ -67,6 +71,7 @@ def run_unit(
     from circuitmill.lm.load import load_language_model
 
     inputs = load_upstreams(toyworld=toyworld, tokenize=tokenize, train=train, features=features, interpret=interpret)
+    _require_graphs(inputs["train"])
     circuit = _circuit(cfg, prompt, inputs)
     text = cfg.prompts[prompt] if circuit is None else circuit.prompt
     output = StageOutput("attribute", cfg, inputs, out, unit=prompt)
@@ -77,7 +82,7 @@ def run_unit(
     )
     ids = encode(lm.tokenizer, text, name=prompt, bos_id=lm.bos_id, context=lm.context)
     expected = circuit and summary.expectation(cfg.circuit_of()[prompt][0], circuit, lm.tokenizer)
-    replaced = replacement_model(lm.pretrained, lm.tokenizer, inputs["train"].folder / "model", ids)
+    replaced = replacement_model(lm.pretrained, lm.tokenizer, circuit_tracer_folder(inputs["train"].folder), ids)
     graph = trace(
         replaced,
         ids,
@@ -99,6 +104,35 @@ def run_unit(
     write_json(output.path("graph.json"), document)
     write_json(output.path("scores.json"), figures)
     return output.finish({key: figures[key] for key in (*summary.SCORES, "n_active", "n_nodes", "n_links")})
+
+
+def _undefined(train: Manifest) -> str:
+    """Why a transcoder has no graphs; empty if it has."""
+    return read_architecture(train.folder / MODEL).untraceable
+
+
+def _require_graphs(train: Manifest) -> None:
+    reason = _undefined(train)
+    if reason:
+        raise ConfigError(
+            "a transcoder that can be traced",
+            found=reason,
+            where=train.folder / MODEL,
+            fix="trace a transcoder of topology clt or plt without skip and pair_offset",
+        )
+
+
+def _require_configured(cfg: AttributeConfig, train: Manifest) -> None:
+    """The configuration is that of a variant with such a transcoder: its units are what there is to gather."""
+    reason = _undefined(train)
+    if bool(reason) != bool(cfg.undefined):
+        raise ConfigError(
+            f"{reason!r}, as the architecture of the transcoder has it",
+            found=repr(cfg.undefined),
+            where="attribute.undefined",
+            fix="give the configuration of the run and variant that trained this transcoder, or the same "
+            "train.architecture",
+        )
 
 
 def _circuit(cfg: AttributeConfig, prompt: str, inputs: dict[str, Manifest]) -> Circuit | None:
@@ -147,9 +181,11 @@ def run(
     """Gather the graphs: index, feature files, and what they say about known circuits.
 
     Raises:
+        ConfigError: the configuration is that of another architecture.
         UpstreamError: a prompt's graph is missing, or was made with another configuration or from other inputs.
     """
     inputs = load_upstreams(toyworld=toyworld, tokenize=tokenize, train=train, features=features, interpret=interpret)
+    _require_configured(cfg, inputs["train"])
     units = {name: _unit(cfg, name, inputs, out) for name in cfg.units()}
     output = StageOutput("attribute", cfg, inputs, out, keep=("prompt",))
     documents = {name: read_graph(unit.file("graph.json")) for name, unit in units.items()}
@@ -161,8 +197,9 @@ def run(
         graphs.append(summary.with_concepts(read_json(units[name].file("scores.json")), document, named))
     write_index(output.path("graph-metadata.json"), documents.values())
     totals = summary.totals(graphs)
-    write_json(output.path("summary.json"), {"graphs": graphs, **totals})
-    return output.finish({"n_graphs": len(graphs), "n_features": len(named), **totals})
+    figures = {**totals, "undefined": cfg.undefined or None}
+    write_json(output.path("summary.json"), {"graphs": graphs, **figures})
+    return output.finish({"n_graphs": len(graphs), "n_features": len(named), **figures})
 
 
 def _unit(cfg: AttributeConfig, name: str, inputs: dict[str, Manifest], out: Path) -> Manifest:

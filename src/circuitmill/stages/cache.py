@@ -1,4 +1,4 @@
-"""Stage cache: MLP inputs and outputs of every layer for every token, BOS excluded.
+"""Stage cache: MLP inputs and outputs of every layer for every token, BOS excluded; or what is at another hookpoint.
 
 | written | by | content |
 |---|---|---|
@@ -22,9 +22,8 @@ from circuitmill import __version__, distributed
 from circuitmill.config.cache import CacheConfig
 from circuitmill.core.codecs import make_codec
 from circuitmill.errors import ConfigError, UpstreamError
-from circuitmill.lm.capture import capture_mlp
-from circuitmill.lm.hookpoints import FEATURE_INPUT, FEATURE_OUTPUT
-from circuitmill.lm.load import LanguageModel, load_language_model, require_tokenizer
+from circuitmill.lm.hookpoints import HOOK_NAMES
+from circuitmill.lm.sites import Sites, load_sites
 from circuitmill.lm.targets import MlpTargets
 from circuitmill.logs import progress
 from circuitmill.stores.activation_schema import GROUP, PLACES, Layout, chunk_rows
@@ -43,7 +42,8 @@ def run_unit(
     """Store the activations of one shard.
 
     Raises:
-        ConfigError: no such shard, a budget beyond the corpus, or a tokenizer that is not the model's.
+        ConfigError: no such shard, a budget beyond the corpus, a tokenizer that is not the model's, a hookpoint or
+            layer that it does not have, or two models that do not go together.
         DivergedError: the model's activations are not finite.
         StoreError: the token store or the calibration is damaged.
         UpstreamError: the output of an earlier stage is missing or stale, or of another model.
@@ -53,15 +53,16 @@ def run_unit(
     slices = cfg.slices({split: store.n_sequences(split) for split in SPLITS}, store.context)
     if shard not in slices:
         raise ConfigError(f"a shard among {', '.join(slices)}", found=shard, where="--shard", fix="name one of these")
+    _require_same_choice(cfg, upstreams["calibrate"])
     output = StageOutput("cache", cfg, upstreams, out, unit=shard)
     world = upstreams.get("toyworld")
-    lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=distributed.device())
-    require_tokenizer(lm, store.manifest.counts["tokenizer_digest"], store.bos_id)
-    _require_same_model(lm, upstreams["calibrate"])
+    sites = load_sites(cfg, toyworld=world.folder if world else None, device=distributed.device())
+    sites.require_tokenizer(store.manifest.counts["tokenizer_digest"], store.bos_id)
+    _require_same_models(sites, upstreams["calibrate"])
     split, start, stop = slices[shard]
     tokens = store.read(split, start, stop)
-    with _writer(cfg, output, lm, upstreams, store, tokens, start) as writer:
-        _fill(writer, lm, tokens, cfg.batch_sequences)
+    with _writer(cfg, output, sites, upstreams, store, tokens, start) as writer:
+        _fill(writer, sites, tokens, cfg.batch_sequences)
         counts = writer.finish()
     size = sum(path.stat().st_size for path in output.path(GROUP).rglob("*") if path.is_file())
     return output.finish(
@@ -69,42 +70,61 @@ def run_unit(
             **counts,
             "split": split,
             "sequences": [start, stop],
-            "model_digest": lm.digest,
-            "n_layers": lm.n_layers,
-            "d_model": lm.d_model,
+            **sites.digests,
+            "hookpoint": cfg.hookpoint,
+            "places": list(sites.places),
+            "n_layers": sites.n_layers,
+            "d_model": sites.d_model,
             "bytes": size,
         }
     )
 
 
-def _require_same_model(lm: LanguageModel, calibrate: Manifest) -> None:
-    if lm.digest != calibrate.counts["model_digest"]:
-        raise UpstreamError(
-            f"a calibration of model {lm.name} ({lm.digest[:12]})",
-            found=f"one of a model with digest {calibrate.counts['model_digest'][:12]}",
-            where=calibrate.folder / NAME,
-            fix="run stage calibrate again with this model",
-        )
+def _require_same_choice(cfg: CacheConfig, calibrate: Manifest) -> None:
+    """The calibration is of this hookpoint, these layers and as many models."""
+    wanted = plain(cfg)
+    for key in ("hookpoint", "layers", "second_model"):
+        if calibrate.config.get(key) != wanted[key]:
+            raise UpstreamError(
+                f"a calibration with {key} {wanted[key]}, as in the configuration of stage cache",
+                found=calibrate.config.get(key),
+                where=calibrate.folder / NAME,
+                fix="run stage calibrate again with the configuration of this run",
+            )
+
+
+def _require_same_models(sites: Sites, calibrate: Manifest) -> None:
+    for (name, digest), lm in zip(sites.digests.items(), sites.lms, strict=True):
+        if digest != calibrate.counts[name]:
+            raise UpstreamError(
+                f"a calibration of model {lm.name} ({digest[:12]})",
+                found=f"one of a model with digest {calibrate.counts[name][:12]}",
+                where=calibrate.folder / NAME,
+                fix="run stage calibrate again with this model",
+            )
 
 
 def _writer(
     cfg: CacheConfig,
     output: StageOutput,
-    lm: LanguageModel,
+    sites: Sites,
     upstreams: dict[str, Manifest],
     store: TokenStore,
     tokens: Int32[np.ndarray, "sequence pos"],
     first: int,
 ) -> ShardWriter:
+    lm = sites.lms[0]
     sequence, position = np.nonzero(tokens != lm.bos_id)
-    codec = make_codec(cfg.codec, lm.n_layers, lm.d_model, cfg.group_channels)
+    codec = make_codec(cfg.codec, sites.n_layers, sites.d_model, cfg.group_channels)
     calibration = Calibration.load(upstreams["calibrate"])
     attributes = {
         "model": lm.name,
         "model_revision": cfg.model.revision,
         "model_digest": lm.digest,
         "dtype": cfg.model.dtype,
-        "hookpoints": {"inputs": FEATURE_INPUT, "outputs": FEATURE_OUTPUT},
+        "hookpoint": cfg.hookpoint,
+        "hookpoints": HOOK_NAMES[cfg.hookpoint],
+        "places": list(sites.places),
         "targets": cfg.targets,
         "tokenizer_digest": store.manifest.counts["tokenizer_digest"],
         "calibration_digest": upstreams["calibrate"].digest,
@@ -112,6 +132,13 @@ def _writer(
         "bos_id": lm.bos_id,
         "code_version": __version__,
     }
+    if cfg.second_model is not None:
+        attributes |= {
+            "second_model": cfg.second_model.name,
+            "second_model_revision": cfg.second_model.revision,
+            "second_model_digest": sites.lms[1].digest,
+            "second_dtype": cfg.second_model.dtype,
+        }
     if cfg.codec == "entropy":
         attributes["bits"] = cfg.bits
     if cfg.targets == "recomputed":
@@ -122,7 +149,10 @@ def _writer(
         Layout(
             len(sequence), chunk_rows(codec, len(sequence), cfg.chunk_bytes), cfg.chunks_per_file, cfg.compression_level
         ),
-        channels={place: calibration.places[place].channels(cfg.bits) for place in PLACES},
+        # with inputs alone, moments are of the same numbers on both sides
+        channels={
+            place: calibration.places.get(place, calibration.places["inputs"]).channels(cfg.bits) for place in PLACES
+        },
         places=PLACES if cfg.targets == "stored" else ("inputs",),
         provenance={"sequence": sequence + first, "position": position, "token_id": tokens[sequence, position]},
         attributes=attributes,
@@ -130,27 +160,23 @@ def _writer(
     )
 
 
-def _fill(
-    writer: ShardWriter, lm: LanguageModel, tokens: Int32[np.ndarray, "sequence pos"], batch_sequences: int
-) -> None:
-    """Run the model over what is not written yet.
+def _fill(writer: ShardWriter, sites: Sites, tokens: Int32[np.ndarray, "sequence pos"], batch_sequences: int) -> None:
+    """Run the model or models over what is not written yet.
 
     Batches lie where they would in an unbroken run, so that a continued one computes the same numbers.
     """
-    keep = tokens != lm.bos_id
+    keep = tokens != sites.bos_id
     ends = np.cumsum(keep.sum(axis=1))
     done, n_rows = writer.rows_done, int(ends[-1])
     first = int(np.searchsorted(ends, done, side="right"))
     with progress("caching", total=n_rows, unit="tokens", done=done) as bar:
         for low in range(first // batch_sequences * batch_sequences, len(tokens), batch_sequences):
             rows = slice(low, low + batch_sequences)
-            inputs, outputs = capture_mlp(lm, torch.from_numpy(tokens[rows].astype(np.int64)))
-            mask = torch.from_numpy(keep[rows]).to(inputs.device)
+            inputs, outputs = sites(torch.from_numpy(tokens[rows].astype(np.int64)), torch.from_numpy(keep[rows]))
             before = int(ends[low - 1]) if low else 0
             new = slice(max(done - before, 0), None)
-            kept = inputs[mask][new]
-            writer.append(kept, outputs[mask][new])
-            bar.advance(len(kept))
+            writer.append(inputs[new], (inputs if outputs is None else outputs)[new])
+            bar.advance(len(inputs[new]))
 
 
 def run(cfg: CacheConfig, *, tokenize: Path, calibrate: Path, toyworld: Path | None = None, out: Path) -> Manifest:
@@ -189,9 +215,7 @@ def run(cfg: CacheConfig, *, tokenize: Path, calibrate: Path, toyworld: Path | N
     return output.finish(
         {
             "tokens": {split: sum(entry["tokens"] for entry in counts if entry["split"] == split) for split in SPLITS},
-            "n_layers": counts[0]["n_layers"],
-            "d_model": counts[0]["d_model"],
-            "model_digest": counts[0]["model_digest"],
+            **_of_models(counts[0]),
             "codec": cfg.codec,
             "bytes": size,
             "bits_per_value": round(8 * size / values, 3),
@@ -202,6 +226,7 @@ def run(cfg: CacheConfig, *, tokenize: Path, calibrate: Path, toyworld: Path | N
 
 def _streamed(cfg: CacheConfig, upstreams: dict[str, Manifest], out: Path) -> Manifest:
     """No shards: the normalisation of the calibration's sample, and the number of tokens that a run may ask for."""
+    _require_same_choice(cfg, upstreams["calibrate"])
     store = TokenStore.open(upstreams["tokenize"])
     output = StageOutput("cache", cfg, upstreams, out, keep=("shard",))
     save_moments(
@@ -214,10 +239,13 @@ def _streamed(cfg: CacheConfig, upstreams: dict[str, Manifest], out: Path) -> Ma
         split: int((store.read(split, 0, cfg.n_sequences(split, store.n_sequences(split), store.context)) != bos).sum())
         for split in SPLITS
     }
-    counts = upstreams["calibrate"].counts
-    return output.finish(
-        {"tokens": tokens, **{key: counts[key] for key in ("n_layers", "d_model", "model_digest")}, "bytes": 0}
-    )
+    return output.finish({"tokens": tokens, **_of_models(upstreams["calibrate"].counts), "bytes": 0})
+
+
+def _of_models(counts: dict) -> dict:
+    """The counts that say which activations they are, of shards, calibrations and caches alike."""
+    keys = ("hookpoint", "places", "n_layers", "d_model", "model_digest", "second_model_digest")
+    return {key: counts[key] for key in keys if key in counts}
 
 
 def _require_matching(units: list[Manifest], config: dict, inputs: dict[str, str]) -> None:
@@ -227,7 +255,7 @@ def _require_matching(units: list[Manifest], config: dict, inputs: dict[str, str
         for what, found, expected in (
             ("configuration", unit.config, config),
             ("upstream digests", unit.inputs, inputs),
-            ("model digest", unit.counts["model_digest"], first.counts["model_digest"]),
+            ("models and places", _of_models(unit.counts), _of_models(first.counts)),
         ):
             if found != expected:
                 raise UpstreamError(

@@ -6,19 +6,19 @@
 | moments.safetensors | float64 moments of the same tokens, from which a streaming run takes its normalisation |
 """
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
-from torch import Tensor
+from jaxtyping import Int32
 
 from circuitmill import distributed
 from circuitmill.config.calibrate import CalibrateConfig
 from circuitmill.errors import ConfigError
-from circuitmill.lm.capture import capture_mlp
-from circuitmill.lm.load import LanguageModel, load_language_model, require_tokenizer
+from circuitmill.lm.sites import Captured, Sites, load_sites
 from circuitmill.logs import progress
+from circuitmill.stores.activation_schema import PLACES
 from circuitmill.stores.calibration import Calibration, PlaceCalibration
 from circuitmill.stores.manifest import Manifest, StageOutput, load_upstreams
 from circuitmill.stores.normalization import Moments, merge_moments, moments_of, save_moments
@@ -26,14 +26,13 @@ from circuitmill.stores.tokens import TokenStore
 
 MOMENTS = "moments.safetensors"
 
-Pair = tuple[Float[Tensor, "token layer d_model"], Float[Tensor, "token layer d_model"]]
-
 
 def run(cfg: CalibrateConfig, *, tokenize: Path, toyworld: Path | None = None, out: Path) -> Manifest:
     """Measure the activations of a sample of the train split.
 
     Raises:
-        ConfigError: the tokenizer is not the model's, or the sample holds no token but BOS.
+        ConfigError: the tokenizer is not the model's, the hookpoint or a layer is none of its, two models do not go
+            together, or the sample holds no token but BOS.
         DivergedError: the model's activations are not finite.
         StoreError: the token store is damaged.
         UpstreamError: the output of an earlier stage is missing or stale.
@@ -42,19 +41,23 @@ def run(cfg: CalibrateConfig, *, tokenize: Path, toyworld: Path | None = None, o
     store = TokenStore.open(upstreams["tokenize"])
     output = StageOutput("calibrate", cfg, upstreams, out)
     world = upstreams.get("toyworld")
-    lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=distributed.device())
-    require_tokenizer(lm, store.manifest.counts["tokenizer_digest"], store.bos_id)
-    moments, sample = _measure(cfg, lm, _sample(store, cfg.tokens))
-    places = {place: PlaceCalibration.of(values) for place, values in zip(("inputs", "outputs"), sample, strict=True)}
+    sites = load_sites(cfg, toyworld=world.folder if world else None, device=distributed.device())
+    sites.require_tokenizer(store.manifest.counts["tokenizer_digest"], store.bos_id)
+    moments, sample = _measure(cfg, sites, _sample(store, cfg.tokens))
+    places = {
+        place: PlaceCalibration.of(values) for place, values in zip(PLACES, sample, strict=True) if values is not None
+    }
     Calibration(places).save(output)
     save_moments(output.path(MOMENTS), *moments)
     return output.finish(
         {
             "tokens": moments[0].count,
             "sample_tokens": len(sample[0]),
-            "n_layers": lm.n_layers,
-            "d_model": lm.d_model,
-            "model_digest": lm.digest,
+            "hookpoint": cfg.hookpoint,
+            "places": list(sites.places),
+            "n_layers": sites.n_layers,
+            "d_model": sites.d_model,
+            **sites.digests,
         }
     )
 
@@ -68,24 +71,27 @@ def _sample(store: TokenStore, tokens: int) -> Int32[np.ndarray, "sequence pos"]
 
 
 def _measure(
-    cfg: CalibrateConfig, lm: LanguageModel, tokens: Int32[np.ndarray, "sequence pos"]
-) -> tuple[tuple[Moments, Moments], Pair]:
+    cfg: CalibrateConfig, sites: Sites, tokens: Int32[np.ndarray, "sequence pos"]
+) -> tuple[tuple[Moments, Moments], Captured]:
     """Moments of all tokens, and the activations of the first `sample_tokens` of a shuffled order."""
     tokens = np.random.default_rng(0).permutation(tokens)
     parts: list[tuple[Moments, Moments]] = []
-    kept: list[Pair] = []
+    kept: list[Captured] = []
     room = cfg.sample_tokens
     with progress("calibrating", total=tokens.size, unit="tokens") as bar:
         for low in range(0, len(tokens), cfg.batch_sequences):
             batch = torch.from_numpy(tokens[low : low + cfg.batch_sequences].astype(np.int64))
-            mask = (batch != lm.bos_id).to(lm.device)
+            wanted = batch != sites.bos_id
             bar.advance(batch.numel())
-            if not bool(mask.any()):
+            if not bool(wanted.any()):
                 continue
-            x, y = (values[mask] for values in capture_mlp(lm, batch))
-            parts.append((moments_of(x, "input"), moments_of(y, "output")))
+            x, y = sites(batch, wanted)
+            # contiguous: sums are rounded in the order in which numbers lie in memory
+            moments = moments_of(x.contiguous(), "input")
+            # what is read is also what is reconstructed, if there is nothing else; safetensors wants memory of its own
+            parts.append((moments, deepcopy(moments) if y is None else moments_of(y.contiguous(), "output")))
             if room > 0:
-                kept.append((x[:room].float().cpu(), y[:room].float().cpu()))
+                kept.append((x[:room].float().cpu(), None if y is None else y[:room].float().cpu()))
                 room -= len(kept[-1][0])
     if not kept:
         raise ConfigError(
@@ -94,5 +100,5 @@ def _measure(
             where="calibrate.tokens",
             fix="raise it, or tokenize more text",
         )
-    inputs, outputs = zip(*kept, strict=True)
-    return merge_moments(parts), (torch.cat(inputs), torch.cat(outputs))
+    outputs = [y for _, y in kept if y is not None]
+    return merge_moments(parts), (torch.cat([x for x, _ in kept]), torch.cat(outputs) if outputs else None)

@@ -1,7 +1,9 @@
 """Stage evaluate: fit, sparsity and the replacement model, on held-out tokens of the live model.
 
-Activations are the model's own, not the cache's quantised ones. BOS positions count for nothing, and the replacement
-model keeps the model's own MLP outputs there. "Dead" means: no firing on the evaluated held-out tokens.
+Activations are the model's own, not the cache's quantised ones, at the places that the cache names: MLP inputs and
+outputs, or for autoencoders and crosscoders a hookpoint of one model or two. BOS positions count for nothing, and the
+replacement model keeps the model's own MLP outputs there. A transcoder that does not stand for MLPs has no replacement
+model: `unreplaceable` says why. "Dead" means: no firing on the evaluated held-out tokens.
 
 | file | row | content |
 |---|---|---|
@@ -29,6 +31,7 @@ from circuitmill.core import summaries
 from circuitmill.core.metrics import Firing
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, UpstreamError
+from circuitmill.lm.cached import sites_of_cache
 from circuitmill.lm.load import LanguageModel, load_language_model, tokenizer_digest
 from circuitmill.lm.measure import changed_models, measure_behaviour, measure_fit, measure_one_layer
 from circuitmill.lm.replacement import original_logits
@@ -44,61 +47,80 @@ BATCH_NUMBERS = 2**25
 """Activations or logits held at once."""
 
 
-def run(cfg: EvaluateConfig, *, tokenize: Path, train: Path, toyworld: Path | None = None, out: Path) -> Manifest:
+def run(
+    cfg: EvaluateConfig, *, tokenize: Path, cache: Path, train: Path, toyworld: Path | None = None, out: Path
+) -> Manifest:
     """Measure a trained transcoder.
 
     Raises:
         ConfigError: a budget below one sequence, or a model that cannot be loaded.
         ShapeError: the transcoder was made for a model of another shape.
         StoreError: an input is damaged.
-        UpstreamError: the output of an earlier stage is missing or stale, or made with another tokenizer.
+        UpstreamError: the output of an earlier stage is missing or stale, or made with another model or tokenizer.
     """
-    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, train=train)
+    upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache, train=train)
     world, device = upstreams.get("toyworld"), distributed.device()
-    lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=device)
+    folder = world.folder if world else None
+    lm = load_language_model(cfg.model, toyworld=folder, device=device)
+    sites = sites_of_cache(upstreams["cache"], lm, toyworld=folder, device=device)
     transcoder = load_transcoder(upstreams["train"].folder / "model").to(device)
     store = _token_store(upstreams["tokenize"], lm)
     output = StageOutput("evaluate", cfg, upstreams, out)
 
-    size = max(BATCH_NUMBERS // max(lm.n_layers * transcoder.n_features, lm.d_vocab) // store.context, 1)
+    size = max(BATCH_NUMBERS // max(transcoder.n_sources * transcoder.n_features, lm.d_vocab) // store.context, 1)
     n_sequences = _n_sequences(store, cfg.max_tokens, "max_tokens")
-    n_one_layer = min(n_sequences, _n_sequences(store, cfg.max_one_layer_tokens, "max_one_layer_tokens"))
-    fit = measure_fit(lm, transcoder, _batches("fit", store, n_sequences, size))
-    models = {"original": lambda tokens: original_logits(lm, tokens)}
-    models |= changed_models(lm, transcoder, fit.mean_outputs)
-    found = measure_behaviour(lm, models, _batches("replacement model", store, n_sequences, size))
-    original = found.pop("original")
+    fit = measure_fit(sites, transcoder, _batches("fit", store, n_sequences, size))
     edges, counts = summaries.density_histogram(fit.firing.n_active.cpu(), fit.firing.n_tokens, cfg.density_bins)
     document = {
-        "format": 1,
+        "format": 2,
         "model": lm.name,
         "transcoder": {
-            "n_layers": transcoder.n_layers,
-            "n_features": transcoder.n_features,
-            "d_model": transcoder.d_model,
+            "topology": transcoder.architecture.topology,
+            **{name: getattr(transcoder, name) for name in ("n_layers", "n_sources", "n_features", "d_model")},
         },
+        "places": list(sites.places),
         "tokens": {
             "split": "heldout",
             "bos": "excluded",
             "sequences": n_sequences,
             "evaluated": fit.firing.n_tokens,
-            "predicted": original.n_predicted,
-            "one_layer_sequences": n_one_layer,
         },
         "fit": summaries.fit_summary(fit.explained),
         "sparsity": summaries.sparsity_summary(fit.firing),
         "density_histogram": {"log10_edges": edges, "counts": counts},
-        "behaviour": {
-            "original": {"cross_entropy": summaries.number(original.cross_entropy())},
-            **summaries.behaviour_summary(found, original.cross_entropy()),
-        },
-        "one_layer": measure_one_layer(
-            lm, transcoder, fit.mean_outputs, _batches("one layer at a time", store, n_one_layer, size)
-        ),
-        "tasks": None if world is None else _tasks(cfg, lm, transcoder, fit.mean_outputs, world),
+        "unreplaceable": transcoder.architecture.unreplaceable or None,
+        **dict.fromkeys(("behaviour", "one_layer", "tasks")),
     }
+    if document["unreplaceable"] is None:
+        _add_behaviour(document, cfg, lm, transcoder, fit.mean_outputs, store, size)
+        if world is not None:
+            document["tasks"] = _tasks(cfg, lm, transcoder, fit.mean_outputs, world)
     _write(output, document, fit.firing)
     return output.finish(_headline(document))
+
+
+def _add_behaviour(
+    document: dict,
+    cfg: EvaluateConfig,
+    lm: LanguageModel,
+    transcoder: Transcoder,
+    mean: Float[Tensor, "layer d_model"],
+    store: TokenStore,
+    size: int,
+) -> None:
+    """Measure what replacing MLPs does: all of them, and one layer at a time."""
+    n_sequences = document["tokens"]["sequences"]
+    n_one_layer = min(n_sequences, _n_sequences(store, cfg.max_one_layer_tokens, "max_one_layer_tokens"))
+    models = {"original": lambda tokens: original_logits(lm, tokens)} | changed_models(lm, transcoder, mean)
+    found = measure_behaviour(lm, models, _batches("replacement model", store, n_sequences, size))
+    original = found.pop("original")
+    document["tokens"] |= {"predicted": original.n_predicted, "one_layer_sequences": n_one_layer}
+    document["behaviour"] = {
+        "original": {"cross_entropy": summaries.number(original.cross_entropy())},
+        **summaries.behaviour_summary(found, original.cross_entropy()),
+    }
+    batches = _batches("one layer at a time", store, n_one_layer, size)
+    document["one_layer"] = measure_one_layer(lm, transcoder, mean, batches)
 
 
 def _token_store(tokenize: Manifest, lm: LanguageModel) -> TokenStore:
@@ -161,14 +183,19 @@ def _write(output: StageOutput, document: dict, firing: Firing) -> None:
     atomic_write(output.path("evaluation.json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
     tables = summaries.tables(document, firing)
     for name, columns in tables.items():
-        table = pa.table(columns)
+        table = pa.table({key: _column(values) for key, values in columns.items()})
         write_parquet(output.path(f"{name}.parquet"), table, table.num_rows)
     for name, svg in plots.plot_evaluation(document, tables["l0"]["tokens"]).items():
         atomic_write(output.path("plots", f"{name}.svg"), svg)
 
 
+def _column(values: list) -> pa.Array:
+    """A column of a table; figures that are all undefined are numbers too."""
+    return pa.array(values, pa.float64() if all(value is None for value in values) else None)
+
+
 def _headline(document: dict) -> dict:
-    replacement = document["behaviour"]["replacement"]
+    replacement = document["behaviour"]["replacement"] if document["behaviour"] else {}
     return {
         **document["transcoder"],
         "tokens": document["tokens"]["evaluated"],
@@ -176,7 +203,8 @@ def _headline(document: dict) -> dict:
         "l0": document["sparsity"]["l0"],
         "dead": document["sparsity"]["dead"],
         "dead_share": document["sparsity"]["dead_share"],
-        **{key: replacement[key] for key in ("agreement", "kl", "ce_recovered_zero", "ce_recovered_mean")},
+        **{key: replacement.get(key) for key in ("agreement", "kl", "ce_recovered_zero", "ce_recovered_mean")},
+        "unreplaceable": document["unreplaceable"],
         "tasks": None
         if document["tasks"] is None
         else {row["name"]: [row["original"], row["replacement"]] for row in document["tasks"]},

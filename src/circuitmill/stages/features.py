@@ -3,11 +3,14 @@
 1. One pass over the cached activations of each split (`core.collect`) finds statistics and chooses windows.
 2. A second pass fetches activations and texts of the chosen windows.
 3. Logit weights: what a feature writes to all its targets, summed, and read by the unembedding with the final norm's
-   gain folded in and its mean over the vocabulary taken out.
+   gain folded in and its mean over the vocabulary taken out. Of a crosscoder over two models: what it writes for the
+   second, read by that model's unembedding. None where no vector is written to the residual stream: for transforms of a
+   mixture, and at hookpoint mlp_in.
 
-Activations are those of the cache, dequantised, or of the model itself if the cache is streamed; BOS is not among them.
-Statistics are of the train split. A unit (block) writes features.parquet and windows.parquet, the gather index.parquet
-and blocks.json: stores/features.py has their columns, `docs/stages/features.md` their meaning.
+Features are numbered by what they read: "layer" l is the l-th place of the cache, and 0 in a crosscoder, whose features
+read all of them. Activations are those of the cache, dequantised, or of the model itself if the cache is streamed; BOS
+is not among them. Statistics are of the train split. A unit (block) writes features.parquet and windows.parquet, the
+gather index.parquet and blocks.json: stores/features.py has their columns, `docs/stages/features.md` their meaning.
 """
 
 from pathlib import Path
@@ -24,10 +27,12 @@ from circuitmill.core.collect import Collector
 from circuitmill.core.hashing import text_keys
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, UpstreamError
+from circuitmill.lm.cached import sites_of_cache
 from circuitmill.lm.hookpoints import unembedding
 from circuitmill.lm.live import LiveActivations
-from circuitmill.lm.load import LanguageModel, load_language_model
+from circuitmill.lm.load import load_language_model
 from circuitmill.lm.replacement import check_fits
+from circuitmill.lm.sites import Sites
 from circuitmill.lm.texts import Words
 from circuitmill.logs import progress
 from circuitmill.stores.activations import ActivationStore
@@ -70,11 +75,12 @@ def run_unit(
     upstreams = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache, train=train)
     transcoder = load_transcoder(upstreams["train"].folder / "model").to(distributed.device())
     features = FeatureBlock(transcoder, _span(cfg, block, transcoder))
-    lm = _language_model(cfg, upstreams, transcoder)
-    splits = _splits(cfg, upstreams, features, lm)
+    sites = _sites(cfg, upstreams, transcoder)
+    splits = _splits(cfg, upstreams, features, sites)
     output = StageOutput("features", cfg, upstreams, out, unit=block)
 
-    words = Words(lm.tokenizer, lm.bos_id)
+    # two models of a cache have the same tokenizer
+    words = Words(sites.lms[0].tokenizer, sites.bos_id)
     collectors = [_collect(cfg, features, pieces) for pieces in splits]
     train_split = collectors[SPLITS.index("train")]
     rows = [
@@ -87,10 +93,11 @@ def run_unit(
         )
         for pieces, collector in zip(splits, collectors, strict=True)
     ]
-    _write(cfg, output, features, train_split, rows, lm, words)
+    _write(cfg, output, features, train_split, rows, sites, words)
     return output.finish(
         {
-            "n_layers": transcoder.n_layers,
+            # what features read numbers them
+            "n_layers": transcoder.n_sources,
             "n_features": transcoder.n_features,
             "features": [features.span.start, features.span.stop],
             "tokens": {split: part.n_tokens for split, part in zip(SPLITS, collectors, strict=True)},
@@ -111,12 +118,10 @@ def _span(cfg: FeaturesConfig, block: str, transcoder: Transcoder) -> slice:
     return block_span(block, cfg.blocks, transcoder.n_features)
 
 
-def _splits(
-    cfg: FeaturesConfig, upstreams: dict[str, Manifest], features: FeatureBlock, lm: LanguageModel
-) -> list[Pieces]:
+def _splits(cfg: FeaturesConfig, upstreams: dict[str, Manifest], features: FeatureBlock, sites: Sites) -> list[Pieces]:
     budgets = {"train": cfg.max_train_tokens, "heldout": cfg.max_heldout_tokens}
     tokens = TokenStore.open(upstreams["tokenize"])
-    activations = _activations(upstreams["cache"], tokens, lm)
+    activations = _activations(upstreams["cache"], tokens, sites)
     size = PIECE_NUMBERS // features.n_features
     return [
         Pieces(activations, tokens, split, max_tokens=budgets[split], window=cfg.window, piece_tokens=size)
@@ -124,7 +129,7 @@ def _splits(
     ]
 
 
-def _activations(cache: Manifest, tokens: TokenStore, lm: LanguageModel) -> Activations:
+def _activations(cache: Manifest, tokens: TokenStore, sites: Sites) -> Activations:
     """What the cache holds, or, if it is streamed, what it would hold."""
     cfg = decode(CacheConfig, cache.config, "cache")
     if cfg.mode == "disk":
@@ -133,21 +138,17 @@ def _activations(cache: Manifest, tokens: TokenStore, lm: LanguageModel) -> Acti
         split: tokens.read(split, 0, cfg.n_sequences(split, tokens.n_sequences(split), tokens.context))
         for split in SPLITS
     }
-    return LiveActivations(lm, sequences, bos_id=tokens.bos_id, batch_sequences=cfg.batch_sequences, manifest=cache)
+    return LiveActivations(sites, sequences, bos_id=tokens.bos_id, batch_sequences=cfg.batch_sequences, manifest=cache)
 
 
-def _language_model(cfg: FeaturesConfig, upstreams: dict[str, Manifest], transcoder: Transcoder) -> LanguageModel:
-    world, cache = upstreams.get("toyworld"), upstreams["cache"]
-    lm = load_language_model(cfg.model, toyworld=world.folder if world else None, device=distributed.device())
-    check_fits(lm, transcoder)
-    if lm.digest != cache.counts["model_digest"]:
-        raise UpstreamError(
-            f"a cache of model {lm.name} ({lm.digest[:12]})",
-            found=f"one of a model with digest {cache.counts['model_digest'][:12]}",
-            where=cache.folder / NAME,
-            fix="run stages cache and train again with this model",
-        )
-    return lm
+def _sites(cfg: FeaturesConfig, upstreams: dict[str, Manifest], transcoder: Transcoder) -> Sites:
+    """The model, or both, with the places at which the transcoder reads."""
+    world, device = upstreams.get("toyworld"), distributed.device()
+    folder = world.folder if world else None
+    lm = load_language_model(cfg.model, toyworld=folder, device=device)
+    sites = sites_of_cache(upstreams["cache"], lm, toyworld=folder, device=device)
+    check_fits(sites, transcoder)
+    return sites
 
 
 def _collect(cfg: FeaturesConfig, features: FeatureBlock, pieces: Pieces) -> Collector:
@@ -176,12 +177,14 @@ def _write(
     features: FeatureBlock,
     collector: Collector,
     rows: list[WindowRows],
-    lm: LanguageModel,
+    sites: Sites,
     words: Words,
 ) -> None:
     first, per_layer = features.span.start, features.width
     # a model's vocabulary may be padded beyond the tokenizer's
-    logits = features.logits(unembedding(lm.model)[: len(words.texts)], cfg.logits)
+    readout = unembedding(sites.lms[-1].model)[: len(words.texts)]
+    # behind a norm there is no residual stream to write to
+    logits = features.logits(readout, 0 if sites.hookpoint == "mlp_in" else cfg.logits)
     table = features_table(collector, logits, words.texts, first=first, per_layer=per_layer, n_bars=cfg.histogram_bars)
     tables = window_tables(rows, words.texts, features.n_features, first, per_layer)
     groups = write_windows(output.path("windows.parquet"), tables)

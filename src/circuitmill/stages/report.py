@@ -101,7 +101,8 @@ def _content(
         for one in (inputs["evaluate"], *siblings)
     }
     attribute = inputs["attribute"]
-    summaries = read_json(attribute.file("summary.json"))["graphs"]
+    attributed = read_json(attribute.file("summary.json"))
+    summaries = attributed["graphs"]
     graphs = [read_graph(attribute.file(f"graph_data/{one['prompt']}.json")) for one in summaries]
     variant = run_view.variant_name(inputs["train"])
     return pages.Content(
@@ -115,6 +116,7 @@ def _content(
         graphs=graphs,
         entries=[graph_view.graph_entry(*pair) for pair in zip(graphs, summaries, strict=True)],
         plots=[evaluate.file(name) for evaluate in (inputs["evaluate"],) for name in _plots(evaluate)],
+        undefined=attributed["undefined"],
         study=study,
     )
 
@@ -127,7 +129,7 @@ def _facts(inputs: Mapping[str, Manifest], evaluation: evaluation_view.Evaluatio
     model = inputs["attribute"].config["model"]
     return [
         ("Model", model["name"] if model["source"] != "toyworld" else "toyworld, the embedded model"),
-        ("Transcoder", f"{evaluation.n_layers} layers × {evaluation.n_features:,} features"),
+        ("Transcoder", evaluation.size),
         ("Trained on", f"{inputs['train'].config['tokens']:,} tokens"),
         ("Measured on", f"{evaluation.n_tokens:,} held-out tokens"),
     ]

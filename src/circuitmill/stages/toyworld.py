@@ -11,9 +11,14 @@
 The counts of the manifest hold what the model was measured to do: `accuracy` and `items` per task, `beyond`
 (tasks that the truth leaves out), `exchange`, `ablation`, `loss`, sizes. Pretraining runs on the CPU in
 float32.
+
+A model below `accept` is trained further, up to `pretrain.extensions` times: some tasks appear late and suddenly, and
+the processor's rounding decides on which side of the budget. The ledger has an entry `model` for the last model saved
+(the number of extensions behind it) and an entry `extension_<i>` with the figures for which extension i was begun.
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -24,18 +29,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from circuitmill.config.toyworld import ToyworldConfig
 from circuitmill.errors import ConfigError, DivergedError
-from circuitmill.stores.files import atomic_write
+from circuitmill.stores.files import atomic_write, canonical_json
 from circuitmill.stores.manifest import Manifest, StageOutput
 from circuitmill.toyworld import measure
 from circuitmill.toyworld.corpus import split_documents, write_documents
 from circuitmill.toyworld.families import FAMILIES
-from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain
+from circuitmill.toyworld.pretrain import Pretraining, Windows, pretrain, updates_after
 from circuitmill.toyworld.questions import BEYOND, all_tasks
 from circuitmill.toyworld.tasks import longest_item
 from circuitmill.toyworld.tokenizer import BOS_ID, make_tokenizer
 from circuitmill.toyworld.transformer import key_query_scale, make_transformer
 from circuitmill.toyworld.truth import truth
 from circuitmill.toyworld.world import World, make_world
+
+_log = logging.getLogger(__name__)
 
 
 def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
@@ -44,7 +51,7 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
     Raises:
         ConfigError: the mix names an unknown family, or `accept` an unknown figure, or the context is too short
             for the questions.
-        DivergedError: the loss is not finite, or a measured figure is below `accept`.
+        DivergedError: the loss is not finite, or a measured figure is still below `accept` after all extensions.
     """
     _check_names("toyworld.corpus.mix", cfg.corpus.mix, tuple(FAMILIES))
     world = make_world(cfg.seed)
@@ -61,23 +68,64 @@ def run(cfg: ToyworldConfig, *, out: Path) -> Manifest:
     tokenizer = make_tokenizer(documents)
     _check_context(cfg, tokenizer, tasks)
     stream = measure.token_stream(tokenizer, documents)
-    if output.ledger.get("model") is None:
-        _train(cfg, tokenizer, stream, output)
-    # What is measured is what was saved.
-    model = AutoModelForCausalLM.from_pretrained(output.path("model"), local_files_only=True).eval()
     text = measure.windows(tokenizer, heldout, cfg.transformer.context)
-    figures = _measure(model, tokenizer, world, tasks, text)
-    _accept(cfg, figures)
+    before = _begun(cfg, output)
+    while True:
+        model = _trained(cfg, tokenizer, stream, output, extension=len(before))
+        figures = _measure(model, tokenizer, world, tasks, text)
+        short = _short(cfg, figures)
+        if not short or len(before) == cfg.pretrain.extensions:
+            break
+        before.append(_begin(cfg, figures, short, output, extension=len(before) + 1))
+    _accept(cfg, short)
+    shutil.rmtree(output.path("checkpoints"), ignore_errors=True)  # an extension would have begun with the last
     return output.finish(
         {
             "documents": {"train": len(train), "heldout": len(heldout)},
             "tokens": len(stream),
-            "pretrain_tokens": cfg.pretrain.tokens // cfg.pretrain.batch_tokens * cfg.pretrain.batch_tokens,
+            "pretrain_tokens": updates_after(cfg.pretrain, len(before)) * cfg.pretrain.batch_tokens,
             "parameters": model.num_parameters(),
             "d_vocab": len(tokenizer),
+            "extensions": len(before),
+            "before_extension": before,
             **figures,
         }
     )
+
+
+def _begun(cfg: ToyworldConfig, output: StageOutput) -> list[dict]:
+    """The figures for which each extension was begun, in order, from the ledger of a run that was broken off."""
+    entries = (output.ledger.get(f"extension_{number + 1}") for number in range(cfg.pretrain.extensions))
+    return [entry for entry in entries if entry is not None]
+
+
+def _begin(cfg: ToyworldConfig, figures: dict, short: dict[str, float], output: StageOutput, *, extension: int) -> dict:
+    """Note that an extension begins, and why. Returns the figures as the ledger will give them after a break."""
+    _log.info(
+        "%s: pretraining goes on for %d tokens (extension %d of at most %d)",
+        ", ".join(f"{name} {found:.3f} is below {cfg.accept[name]:g}" for name, found in short.items()),
+        cfg.pretrain.extension_tokens,
+        extension,
+        cfg.pretrain.extensions,
+    )
+    kept = json.loads(canonical_json({name: value for name, value in figures.items() if name != "items"}))
+    output.ledger.put(f"extension_{extension}", **kept)
+    return kept
+
+
+def _trained(
+    cfg: ToyworldConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: Int[np.ndarray, " token"],
+    output: StageOutput,
+    *,
+    extension: int,
+) -> PreTrainedModel:
+    """The model after a number of extensions, from disk: what is measured is what was saved."""
+    saved = output.ledger.get("model")
+    if saved is None or saved["extensions"] < extension:
+        _train(cfg, tokenizer, stream, output, extension=extension)
+    return AutoModelForCausalLM.from_pretrained(output.path("model"), local_files_only=True).eval()
 
 
 def _train(
@@ -85,16 +133,18 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     stream: Int[np.ndarray, " token"],
     output: StageOutput,
+    *,
+    extension: int,
 ) -> None:
     windows = Windows(stream, bos_id=BOS_ID, context=cfg.transformer.context, seed=cfg.seed)
     model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=BOS_ID, seed=cfg.seed)
-    pretrain(Pretraining(model, cfg.pretrain, key_query_scale=key_query_scale(cfg.transformer)), windows, output)
+    scale = key_query_scale(cfg.transformer)
+    pretrain(Pretraining(model, cfg.pretrain, key_query_scale=scale, extension=extension), windows, output)
     if hasattr(model.config, "activation_function"):
         model.config.activation_function = "gelu_new"
     model.save_pretrained(output.path("model"))
     tokenizer.save_pretrained(output.path("model"))
-    output.ledger.put("model")
-    shutil.rmtree(output.path("checkpoints"))
+    output.ledger.put("model", extensions=extension)
 
 
 _DERIVED = ("exchange", "mlps_needed")
@@ -121,7 +171,8 @@ def _measure(
     }
 
 
-def _accept(cfg: ToyworldConfig, figures: dict) -> None:
+def _short(cfg: ToyworldConfig, figures: dict) -> dict[str, float]:
+    """The figures below their bars, with what was found."""
     # The first layer only gathers the pieces of a name; after the last nothing moves between positions any more.
     carried = [figures["exchange"][f"after_layer_{layer}"] for layer in range(1, cfg.transformer.n_layers - 1)]
     found = {
@@ -130,13 +181,17 @@ def _accept(cfg: ToyworldConfig, figures: dict) -> None:
         "exchange": max(carried, default=0.0),
         "mlps_needed": 1 - figures["ablation"]["all"],
     }
-    short = {name: bar for name, bar in cfg.accept.items() if found[name] < bar}
+    return {name: found[name] for name, bar in cfg.accept.items() if found[name] < bar}
+
+
+def _accept(cfg: ToyworldConfig, short: dict[str, float]) -> None:
     if short:
+        after = f" after {cfg.pretrain.extensions} extension(s) of pretraining" if cfg.pretrain.extensions else ""
         raise DivergedError(
-            "a model with " + ", ".join(f"{name} >= {bar:g}" for name, bar in short.items()),
-            found=", ".join(f"{name} {found[name]:.3f}" for name in short),
+            "a model with " + ", ".join(f"{name} >= {cfg.accept[name]:g}" for name in short),
+            found=", ".join(f"{name} {found:.3f}" for name, found in short.items()) + after,
             where="toyworld.accept",
-            fix="raise toyworld.pretrain.tokens, take another toyworld.seed, or lower the bar",
+            fix="raise toyworld.pretrain.tokens or extensions, take another toyworld.seed, or lower the bar",
         )
 
 

@@ -4,9 +4,9 @@
 |---|---|
 | model/ | the transcoder, scales folded in (stores/transcoders.py) |
 | circuit_tracer/ | the same as a cross-layer transcoder, if `model/` is another kind that can be traced |
-| metrics.jsonl | a row per `train.log_tokens`: loss terms, explained variance, L0 and more, of the batch at
-hand |
-| checkpoints/ | newest states of the training, to continue from (stores/checkpoints.py) |
+| metrics.jsonl | a row per `train.monitor.log_tokens`: of the batch at hand, and now and then of held-out tokens |
+| checkpoints/ | newest states of the training, to continue from, and those of `checkpoint_l0` (stores/checkpoints.py) |
+| profile/ | a trace per rank, with `train.monitor.profile_steps` |
 | wandb/ | the same metrics for Weights & Biases, if asked for |
 
 Started by torchrun with any number of processes, or without it as one process. All ranks train on their share
@@ -14,74 +14,125 @@ of every batch; rank 0 writes.
 """
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from circuitmill import distributed, logs
-from circuitmill.config.cache import CacheConfig
-from circuitmill.config.decode import decode
-from circuitmill.config.train import TrainConfig
-from circuitmill.core.scaling import Scaling, fold
+from circuitmill.config.train import OVER_SOURCES, TOP_K, TrainConfig
+from circuitmill.core.adapters import merged
+from circuitmill.core.conversion import ThresholdCalibration, set_thresholds
+from circuitmill.core.scaling import fold
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.distributed import Ranks
 from circuitmill.errors import UpstreamError
-from circuitmill.lm.stream import ExpectedModel, LiveBlocks
-from circuitmill.lm.targets import mlp_targets
-from circuitmill.stores.activations import NORMALIZATION, ActivationStore
-from circuitmill.stores.batches import BatchSource
+from circuitmill.stages.train_data import TrainData
+from circuitmill.stores.activations import NORMALIZATION
 from circuitmill.stores.checkpoints import Checkpoints
 from circuitmill.stores.clt import save_clt
 from circuitmill.stores.files import digest_of
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams, plain
 from circuitmill.stores.normalization import load_normalization
-from circuitmill.stores.tokens import TokenStore
-from circuitmill.stores.transcoders import as_clt, is_plain_clt, save_transcoder
+from circuitmill.stores.transcoders import MODEL, TRACED, as_clt, is_plain_clt, load_transcoder, save_transcoder
 from circuitmill.training import parallel
-from circuitmill.training.batches import Batches, Targets
+from circuitmill.training.batches import Batches
+from circuitmill.training.finetune import state_from_base
+from circuitmill.training.heldout import WITH_THRESHOLDS, HeldOut
 from circuitmill.training.interrupt import StopRequest
-from circuitmill.training.loop import train
+from circuitmill.training.loop import Ended, train
 from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
+from circuitmill.training.objective import Moment, evaluation
+from circuitmill.training.sequences import SequenceBatches
 from circuitmill.training.state import TrainState, start
 
 METRICS = "metrics.jsonl"
-MODEL = "model"
-TRACED = "circuit_tracer"
+PROFILE = "profile"
 WANDB = "wandb"
-"""Not in the manifest: it names the machine and the time."""
+"""Not in the manifest, as the profile: they name the machine and the time."""
 
 _log = logging.getLogger(__name__)
 
 
-def run(cfg: TrainConfig, *, tokenize: Path, cache: Path, toyworld: Path | None = None, out: Path) -> Manifest:
+def run(
+    cfg: TrainConfig,
+    *,
+    tokenize: Path,
+    cache: Path,
+    toyworld: Path | None = None,
+    base: Path | None = None,
+    out: Path,
+) -> Manifest:
     """Train, or continue a training, and write the finished transcoder.
 
-    The language model is loaded only if the cache has no targets or no activations at all.
+    The language model is loaded only if the cache lacks something, the loss or a measurement runs it.
+
+    Args:
+        base: The training whose transcoder this one starts from, if `cfg.base` names one.
 
     Raises:
-        UpstreamError: the cache is missing, incomplete or of another revision.
+        UpstreamError: the cache is missing, incomplete or of another revision, or there is no base where one is named.
         StoreError: a chunk of the cache or the last checkpoint is damaged.
-        ConfigError: the ranks cannot share a batch equally, or the cache is smaller than a batch.
+        ConfigError: the ranks cannot share a batch equally, the cache is smaller than a batch, or the base does not
+            fit.
         DivergedError: the loss is not finite.
         InterruptedRun: a signal asked to stop; a checkpoint has been made.
     """
     ranks = distributed.current()
+    _require_base(cfg, base)
     inputs = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache)
+    if base is not None:
+        inputs["base"] = load_manifest(base, "train")
     parallel.batch_slice(cfg.batch_tokens, ranks)
-    output = StageOutput("train", cfg, inputs, out, keep=(WANDB,)) if ranks.first else None
+    output = StageOutput("train", cfg, inputs, out, keep=(WANDB, PROFILE)) if ranks.first else None
     parallel.wait_for_all(ranks)  # until rank 0 has cleared what another configuration left
     normalization = load_normalization(inputs["cache"].checked_file(NORMALIZATION))
-    scaling = normalization.scaling(cfg.scaling)
-    state = _train(cfg, inputs, scaling, out, ranks)
+    data = TrainData(inputs, normalization.scaling(cfg.scaling))
+    state, ended = _train(cfg, data, out, ranks)
     if output is not None:
-        _save(cfg, fold(state.transcoder, scaling.to(state.idle.device)), inputs["cache"], output)
-        output.finish(_counts(cfg, state, read_metrics(out / METRICS)[-1]))
+        _set_thresholds(cfg, state, data)
+        trained = merged(state.transcoder) if cfg.adapter_rank else state.transcoder
+        _save(cfg, fold(trained, data.scaling.to(state.idle.device)), inputs["cache"], output)
+        output.finish(_counts(cfg, state, trained, read_metrics(out / METRICS)[-1]) | {"ended": ended.reason})
     parallel.wait_for_all(ranks)
     return load_manifest(out / "manifest.json", "train")
+
+
+def _require_base(cfg: TrainConfig, base: Path | None) -> None:
+    if bool(cfg.base) != (base is not None):
+        raise UpstreamError(
+            f"the output of training {cfg.base}" if cfg.base else "no other training: train.base is empty",
+            found="none" if base is None else str(base),
+            where="--base",
+            fix="pass its manifest.json" if cfg.base else "leave --base out, or set train.base",
+        )
+
+
+def _set_thresholds(cfg: TrainConfig, state: TrainState, data: TrainData) -> None:
+    """Give features thresholds with which as many fire on held-out tokens as the nonlinearity keeps there.
+
+    ReLU and JumpReLU have theirs.
+    """
+    own, transcoder = cfg.nonlinearity, state.transcoder
+    if own.name in WITH_THRESHOLDS:
+        return
+    moment = Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
+    groups = transcoder.n_sources if own.name in OVER_SOURCES else 1
+    # a nonlinearity of somebody else's says nothing about how much it keeps
+    most = math.ceil(own.k * groups * own.calibration_tokens) if own.name in TOP_K else None
+    found = ThresholdCalibration(transcoder.n_sources, most)
+    pairs = data.heldout(
+        tokens=own.calibration_tokens,
+        batch_tokens=cfg.batch_tokens,
+        key="train.nonlinearity.calibration_tokens",
+    )
+    with torch.no_grad():
+        for x, y in pairs:
+            batch = evaluation(transcoder, x, y, cfg, moment)
+            found.update(batch.pre, [int(a.firings().sum()) for a in batch.a])
+    set_thresholds(transcoder, found.thresholds())
 
 
 def _save(cfg: TrainConfig, transcoder: Transcoder, cache: Manifest, output: StageOutput) -> None:
@@ -93,77 +144,37 @@ def _save(cfg: TrainConfig, transcoder: Transcoder, cache: Manifest, output: Sta
         save_clt(output.path(TRACED), as_clt(transcoder), **label)
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Where activations come from."""
-
-    source: BatchSource
-    targets: Targets | None
-    """Computes MLP outputs, if the source has inputs alone."""
-    live: LiveBlocks | None
-    """The running model, if nothing is stored; not entered yet."""
-
-
-def _data(cfg: TrainConfig, inputs: dict[str, Manifest], ranks: Ranks) -> _Data:
-    """The train split, from disk or from the model."""
-    cache, world = inputs["cache"], inputs.get("toyworld")
-    cached = decode(CacheConfig, cache.config, "cache")
-    order: dict[str, Any] = {"seed": cfg.seed, "batch_tokens": cfg.batch_tokens, "pool_tokens": cfg.pool_tokens}
-    order["rows"] = parallel.batch_slice(cfg.batch_tokens, ranks)
-    targets = None
-    if cached.targets == "recomputed":
-        targets = mlp_targets(cached.model, toyworld=world.folder if world else None, device=distributed.device())
-    if cached.mode == "stream":
-        live = _live_blocks(cached, inputs)
-        return _Data(BatchSource(live, **order), targets, live)
-    store = ActivationStore.open(cache)
-    if targets is not None:
-        _require_same_mlps(targets.digest, store.shards("train")[0].attributes["mlp_digest"], cached.model.name)
-    return _Data(store.batches(**order), targets, None)
+def _beginning(cfg: TrainConfig, data: TrainData, batches: Batches | SequenceBatches, ranks: Ranks) -> TrainState:
+    """Starting values, or the base's."""
+    device = distributed.device()
+    if "base" in data.inputs:
+        base = load_transcoder(data.inputs["base"].folder / MODEL).to(device)
+        return state_from_base(cfg, base, data.scaling.to(device))
+    if isinstance(batches, SequenceBatches):
+        return start(cfg, *batches.beginning())
+    return start(cfg, *(parallel.gather_rows(side, ranks) for side in batches.get(0)))
 
 
-def _require_same_mlps(found: str, expected: str, model: str) -> None:
-    if found != expected:
-        raise UpstreamError(
-            f"the MLPs that the cache was made with ({expected[:12]})",
-            found=found[:12],
-            where=f"cache.model.name: {model}",
-            fix="run stage cache again with this model",
-        )
+def _measurement(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> Callable[[TrainState], Row] | None:
+    """What is measured now and then; by rank 0, while the others wait."""
+    own = cfg.monitor
+    behaves = bool(own.behaviour_tokens) and not cfg.architecture.unreplaceable
+    if not own.heldout_tokens and not behaves:
+        return None
+    if not ranks.first:
+        return lambda state: {}
+    key = "train.monitor.heldout_tokens"
+    pairs = data.heldout(tokens=own.heldout_tokens, batch_tokens=cfg.batch_tokens, key=key)
+    replaced = data.replaced(own.behaviour_tokens) if behaves else None
+    return HeldOut(list(pairs), cfg, scaling=data.scaling, replaced=replaced).measure
 
 
-def _live_blocks(cached: CacheConfig, inputs: dict[str, Manifest]) -> LiveBlocks:
-    """The train split as far as the cache's budget goes, computed while the transcoder trains."""
-    counts, world = inputs["cache"].counts, inputs.get("toyworld")
-    tokens = TokenStore.open(inputs["tokenize"])
-    model = ExpectedModel(
-        cached.model,
-        world.folder if world else None,
-        str(distributed.device()),
-        n_layers=counts["n_layers"],
-        d_model=counts["d_model"],
-        digest=counts["model_digest"],
-    )
-    return LiveBlocks(
-        model,
-        tokens.read("train", 0, cached.n_sequences("train", tokens.n_sequences("train"), tokens.context)),
-        bos_id=tokens.bos_id,
-        batch_sequences=cached.batch_sequences,
-        outputs=cached.targets == "stored",
-    )
-
-
-def _train(cfg: TrainConfig, inputs: dict[str, Manifest], scaling: Scaling, out: Path, ranks: Ranks) -> TrainState:
+def _train(cfg: TrainConfig, data: TrainData, out: Path, ranks: Ranks) -> tuple[TrainState, Ended]:
     """Run the loop between store, checkpoints and sinks."""
     checkpoints = Checkpoints(out / "checkpoints", keep=cfg.keep_checkpoints)
     with ExitStack() as stack:
-        data = _data(cfg, inputs, ranks)
-        source = stack.enter_context(data.source)
-        batches = stack.enter_context(Batches(source, scaling, device=distributed.device(), targets=data.targets))
-        if data.live is not None:
-            # last in, first out: otherwise leaving waits until a whole pool is computed
-            stack.enter_context(data.live)
-        state = start(cfg, *(parallel.gather_rows(side, ranks) for side in batches.get(0)))
+        batches = data.batches(cfg, ranks, stack)
+        state = _beginning(cfg, data, batches, ranks)
         found = checkpoints.last()
         if found is not None:
             _log.info("continuing after step %d of %d", found.step, cfg.steps)
@@ -184,11 +195,11 @@ def _train(cfg: TrainConfig, inputs: dict[str, Manifest], scaling: Scaling, out:
                 sink.log(row)
             bar.note(f"loss {row['loss']:.3g}, EV {row['ev']:.4f}, L0 {sum(row['l0']) / len(row['l0']):.1f} per layer")
 
-        def checkpoint(state: TrainState) -> None:
+        def checkpoint(state: TrainState, l0: float | None = None) -> None:
             if ranks.first:
-                checkpoints.save(state.step, state.tensors())
+                checkpoints.save(state.step, state.tensors(), l0)
 
-        train(
+        ended = train(
             cfg,
             state,
             batches,
@@ -197,8 +208,10 @@ def _train(cfg: TrainConfig, inputs: dict[str, Manifest], scaling: Scaling, out:
             checkpoint=checkpoint,
             advance=bar.advance,
             stop=lambda: bool(stop),
+            measure=_measurement(cfg, data, ranks),
+            trace=out / PROFILE / f"rank-{ranks.rank}.json" if cfg.monitor.profile_steps else None,
         )
-    return state
+    return state, ended
 
 
 @contextmanager
@@ -218,13 +231,14 @@ def _sinks(cfg: TrainConfig, out: Path, step: int) -> Iterator[list[Sink]]:
             sink.close()
 
 
-def _counts(cfg: TrainConfig, state: TrainState, last: Row) -> dict:
+def _counts(cfg: TrainConfig, state: TrainState, transcoder: Transcoder, last: Row) -> dict:
     """Shapes and the figures of the last batch; held-out figures are stage evaluate's."""
-    transcoder = state.transcoder
     return {
         "steps": state.step,
         "tokens": state.step * cfg.batch_tokens,
+        "architecture": plain(cfg.architecture),
         "n_layers": transcoder.n_layers,
+        "n_sources": transcoder.n_sources,
         "n_features": transcoder.n_features,
         "d_model": transcoder.d_model,
         "parameters": sum(parameter.numel() for parameter in transcoder.parameters()),

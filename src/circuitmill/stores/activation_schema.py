@@ -5,7 +5,7 @@
       position   int32 [token]           position in it
       token_id   int32 [token]
       inputs/    arrays of the codec, [token ...]; center, scale [layer d_model] and step [layer]
-      outputs/   the same; absent if targets are recomputed
+      outputs/   the same; absent if targets are recomputed, or are the inputs
 
 Every array is split into files of `chunks_per_file` chunks (Zarr's sharding codec). Each chunk carries a crc32c; so
 does the index of each file. `chunks.json` beside the group notes them all: a chunk counts only in the place it was

@@ -98,9 +98,7 @@ class ShardWriter:
         self._specs = array_specs(codec, layout, places)
         self._path = out.path(GROUP)
         self._partial = out.path("partial")
-        if out.ledger.get("created") is None:
-            create_group(self._path, codec, layout, {place: channels[place] for place in places}, attributes)
-            out.ledger.put("created")
+        self._attributes = attributes
         self._done = 0
         while self._done < layout.n_files and out.ledger.get(_key(self._done)) is not None:
             self._done += 1
@@ -172,12 +170,20 @@ class ShardWriter:
     def _work(self) -> None:
         """The thread."""
         try:
+            self._create()
             while (handed := self._queue.get()) is not None:
                 with handed.on_own_stream():
                     self._take(handed.inputs, handed.outputs)
         except BaseException as error:  # noqa: BLE001  handed to the caller of append or finish
             self._error = error
             self._drain()
+
+    def _create(self) -> None:
+        """Make the group: several durable files, for which the first batch need not wait."""
+        if self._out.ledger.get("created") is None:
+            constants = {place: self._channels[place] for place in self._places}
+            create_group(self._path, self._codec, self._layout, constants, self._attributes)
+            self._out.ledger.put("created")
 
     def _take(self, inputs: Tensor, outputs: Tensor) -> None:
         at = 0
@@ -273,6 +279,7 @@ class _Window:
         self.sums: dict[str, MomentSums] = {}
         self.errors: dict[str, list[float]] = {}
         self._filled = self._blocks = 0
+        self._spare: Tensor | None = None
 
     def next(self, file: int) -> "_Window":
         """The window of another file, in the same memory."""
@@ -295,10 +302,11 @@ class _Window:
 
     def _add_block(self, codec: Codec, channels: Channels, place: str, x: Float[Tensor, "token layer d_model"]) -> None:
         constants = channels.to(x.device)
-        u = standardised(x, constants)
+        u, spare = self._memory(x)
+        standardised(x, constants, out=u)
         if place not in self.sums:
             self.sums[place] = MomentSums(channels)
-        self.sums[place].add(u)
+        self.sums[place].add(u, spare)
         if place not in self._places:
             return
         stored = codec.encode_block(x, constants) if codec.exact else codec.encode_standardised(u, constants)
@@ -308,8 +316,16 @@ class _Window:
         for name, value in stored.items():
             scatter_rows(self.arrays[f"{place}/{name}"], where, value.contiguous().cpu().numpy())
 
+    def _memory(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "2 token layer d_model"]:
+        """Memory for a block's numbers on the way, the same for all blocks: it stays in the processor's cache."""
+        known = self._spare
+        if known is None or known.device != x.device or known.shape[1] < len(x):
+            known = self._spare = torch.empty(2, *x.shape, dtype=torch.float32, device=x.device)
+        return known[:, : len(x)]
+
     def _note_error(self, place: str, restored: Tensor, x: Tensor) -> None:
-        exact = x.to(torch.float32)
+        # contiguous, because sums depend in the last place on how numbers lie in memory
+        exact = x.to(torch.float32).contiguous()
         for key, value in (("error", (restored - exact)), ("energy", exact)):
             total = value.square().sum(dim=(0, 2), dtype=torch.float64).cpu().numpy()
             known = self.errors.get(f"{place}_{key}", np.zeros(len(total)))

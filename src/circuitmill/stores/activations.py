@@ -1,5 +1,7 @@
 """The activation store: MLP inputs and outputs of every layer for the tokens of a corpus, BOS excluded.
 
+With another hookpoint than mlp: what is there, in some layers of one model or two, as inputs alone.
+
 A cache folder holds `normalization.safetensors` (normalization.py), `shards.json` and one folder per shard under
 `shard/` with its own manifest and a Zarr group (activation_schema.py). The tokens of a split are those of its shards
 one after the other, in corpus order.
@@ -106,7 +108,7 @@ class ActivationStore:
     def read(self, split: str, start: int, stop: int, *, outputs: bool = True) -> ActivationRows:
         """Activations of tokens [start, stop) of a split, in corpus order.
 
-        Tokens of one sequence are neighbours. `outputs=False` leaves the MLP outputs out and reads half as much.
+        Tokens of one sequence are neighbours. `outputs=False` leaves the outputs out and reads half as much.
 
         Raises:
             StoreError: outside the split, or damaged.
@@ -126,7 +128,8 @@ class ActivationStore:
                 f"stored {', '.join(missing)}",
                 found=f"a cache of {', '.join(shards[0].places)} alone",
                 where=self.manifest.folder,
-                fix="set cache.targets=stored",
+                fix="set cache.targets=stored; with another hookpoint than mlp read inputs alone, which are what is "
+                "reconstructed",
             )
         parts = [
             (self._open(shard, file, places), low, high) for shard, file, low, high in self._spans(split, start, stop)

@@ -61,7 +61,7 @@ class _Plan:
 
 
 class BatchSource:
-    """Batches of stored MLP inputs and outputs. Not to be shared between threads.
+    """Batches of stored inputs and, if there are any, outputs. Not to be shared between threads.
 
     Args:
         blocks: Where tokens are.

@@ -1,6 +1,6 @@
 """The constants of the codecs as a file: what stage calibrate measured.
 
-`calibration.safetensors` holds, for place inputs and outputs,
+`calibration.safetensors` holds, for place inputs and, if they are something else, outputs,
 
     <place>_center  float32 [layer d_model]  median
     <place>_scale   float32 [layer d_model]  half the distance from the 16th to the 84th percentile, floored
@@ -54,6 +54,7 @@ class Calibration:
     """What was measured of a model, by place."""
 
     places: dict[str, PlaceCalibration]
+    """Inputs, and outputs unless what is read is what is reconstructed."""
 
     def save(self, output: StageOutput) -> None:
         """Write the file into a stage's folder."""
@@ -72,10 +73,11 @@ class Calibration:
         path = manifest.checked_file(CALIBRATION)
         try:
             tensors = load(path.read_bytes())
+            places = ("inputs", "outputs") if "outputs_center" in tensors else ("inputs",)
             return cls(
                 {
                     place: PlaceCalibration(*(tensors[f"{place}_{name}"] for name in ("center", "scale", "bits")))
-                    for place in ("inputs", "outputs")
+                    for place in places
                 }
             )
         except (SafetensorError, KeyError) as error:

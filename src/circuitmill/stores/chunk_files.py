@@ -88,9 +88,10 @@ def write_chunks(
     with temporary.open("wb") as file:
         at = 0
         for chunk in chunks:
-            body = _compressor(level, repetitions).compress(chunk.data) if level else chunk.tobytes()
+            # what is not compressed goes into the file from where it lies
+            body = _compressor(level, repetitions).compress(chunk.data) if level else chunk.reshape(-1).view(np.uint8)
             crc = google_crc32c.value(body)
-            file.write(body)
+            file.write(body if isinstance(body, bytes) else body.data)
             file.write(struct.pack("<I", crc))
             entries.append(ChunkEntry(at, len(body) + _CRC_BYTES, crc))
             at += len(body) + _CRC_BYTES

@@ -1,5 +1,7 @@
 """Stored numbers of tokens as arrays with a row per token, and moving those rows about."""
 
+import math
+
 import numpy as np
 from jaxtyping import Int, Shaped
 
@@ -13,6 +15,6 @@ def scatter_rows(
     rows: Shaped[np.ndarray, "row ..."],
 ) -> None:
     """target[where] = rows, each row as plain bytes: faster than number by number."""
-    kind = np.dtype((np.void, int(np.prod(target.shape[1:])) * target.itemsize))
+    kind = np.dtype((np.void, math.prod(target.shape[1:]) * target.itemsize))
     source = np.ascontiguousarray(rows).reshape(len(rows), -1).view(kind)
     target.reshape(len(target), -1).view(kind)[where, 0] = source[:, 0]

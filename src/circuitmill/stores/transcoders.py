@@ -11,6 +11,7 @@ Thresholds of zero are those of a ReLU.
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,12 +22,15 @@ from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.decode import decode
 from circuitmill.core.transcoder import CLT, Transcoder
 from circuitmill.errors import ConfigError, StoreError
-from circuitmill.stores.clt import load_clt, save_clt
+from circuitmill.stores.clt import CONFIG, load_clt, save_clt
 from circuitmill.stores.tensors import check_floating, read_tensors, write_tensors
 
 FORMAT = 1
 ARCHITECTURE, TENSORS = "architecture.yaml", "transcoder.safetensors"
+MODEL, TRACED = "model", "circuit_tracer"
+"""Folders of stage train: the transcoder; the same in circuit-tracer's layout, if it is another that can be traced."""
 _SIZES = ("n_layers", "n_features", "d_model")
+_FIX = "rerun the stage train"
 
 
 def save_transcoder(folder: Path, transcoder: Transcoder, *, scan: str, model_name: str) -> None:
@@ -95,19 +99,48 @@ def load_transcoder(folder: Path) -> Transcoder:
     return transcoder.requires_grad_(False)
 
 
+def read_architecture(folder: Path) -> ArchitectureConfig:
+    """What a transcoder looks like, without reading its parameters.
+
+    Raises:
+        StoreError: the description is damaged.
+    """
+    path = folder / ARCHITECTURE
+    return _description(path)[1] if path.is_file() else CLT
+
+
+def circuit_tracer_folder(train: Path) -> Path:
+    """Where stage train left a transcoder that can be traced in circuit-tracer's layout.
+
+    Args:
+        train: Folder of the stage.
+    """
+    return train / (TRACED if (train / MODEL / ARCHITECTURE).is_file() else MODEL)
+
+
 def _described(path: Path) -> Transcoder:
     """A transcoder of zeros of the architecture that a file describes."""
-    fix = "rerun the stage train"
+    found, architecture = _description(path)
+    try:
+        n_layers, n_features, d_model = (int(found[name]) for name in _SIZES)
+        return Transcoder(n_layers, n_features, d_model, architecture)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_description(path, error) from error
+
+
+def _description(path: Path) -> tuple[dict[str, Any], ArchitectureConfig]:
+    """Content of a description as it stands, and the architecture in it."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
-            raise StoreError(f"format {FORMAT}", found=found["format"], where=path, fix=fix)
-        n_layers, n_features, d_model = (int(found[name]) for name in _SIZES)
-        return Transcoder(
-            n_layers, n_features, d_model, decode(ArchitectureConfig, found["architecture"], "architecture")
-        )
+            raise StoreError(f"format {FORMAT}", found=found["format"], where=path, fix=_FIX)
+        return found, decode(ArchitectureConfig, found["architecture"], "architecture")
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise StoreError("a description of a transcoder", found=str(error), where=path, fix=fix) from error
+        raise _no_description(path, error) from error
+
+
+def _no_description(path: Path, error: Exception) -> StoreError:
+    return StoreError("a description of a transcoder", found=str(error), where=path, fix=_FIX)
 
 
 @torch.no_grad()
@@ -117,7 +150,19 @@ def as_clt(transcoder: Transcoder) -> Transcoder:
     Raises:
         ConfigError: no such transcoder exists.
     """
-    reason = transcoder.architecture.untraceable
+    _require_traceable(transcoder.architecture)
+    clt = Transcoder(transcoder.n_layers, transcoder.n_features, transcoder.d_model)
+    for name in ("W_enc", "b_enc", "b_dec", "log_threshold"):
+        getattr(clt, name).copy_(getattr(transcoder, name))
+    for source, targets in enumerate(transcoder.topology.writes):
+        block = transcoder.decoder_block(source)
+        for index, target in enumerate(targets):
+            clt.W_dec[source][:, target - source] = block[:, index]
+    return clt.requires_grad_(False)
+
+
+def _require_traceable(architecture: ArchitectureConfig) -> None:
+    reason = architecture.untraceable
     if reason:
         raise ConfigError(
             "a transcoder that can be traced",
@@ -125,13 +170,26 @@ def as_clt(transcoder: Transcoder) -> Transcoder:
             where="train.architecture",
             fix="use topology clt or plt without skip and pair_offset",
         )
-    clt = Transcoder(transcoder.n_layers, transcoder.n_features, transcoder.d_model)
-    for name in ("W_enc", "b_enc", "b_dec", "log_threshold"):
-        getattr(clt, name).copy_(getattr(transcoder, name))
-    for source, targets in enumerate(transcoder.topology.writes):
-        for index, target in enumerate(targets):
-            clt.W_dec[source][:, target - source] = transcoder.decoder_block(source)[:, index]
-    return clt.requires_grad_(False)
+
+
+def export_clt(folder: Path, out: Path) -> None:
+    """Write a finished transcoder in circuit-tracer's layout, with its labels.
+
+    Args:
+        folder: With the transcoder.
+        out: A new or empty folder.
+
+    Raises:
+        ConfigError: no cross-layer transcoder is the same function.
+        StoreError: the transcoder is damaged, or the folder holds something.
+    """
+    _require_traceable(read_architecture(folder))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError("a new or empty folder", found="something in it", where=out, fix="name another --out")
+    transcoder = load_transcoder(folder)
+    description = folder / (ARCHITECTURE if (folder / ARCHITECTURE).is_file() else CONFIG)
+    labels = yaml.safe_load(description.read_text(encoding="utf-8"))
+    save_clt(out, as_clt(transcoder), scan=str(labels.get("scan", "")), model_name=str(labels.get("model_name", "")))
 
 
 def read_decoder(folder: Path, source: int) -> Float[Tensor, "feature target d_model"]:

@@ -6,6 +6,8 @@
    continued run equals an unbroken one bit for bit.
 3. Rates rise over `warmup_tokens`, stay, and fall linearly from `decay_from` of the budget. The algorithmic
    tasks (induction, addition) appear late and suddenly; AdamW alone did not reach them within the budget.
+4. How late depends on rounding, and so on processor and threads. A model that lacks a task can be given extensions:
+   they go on from its weights and with the batches that come next, with optimizers and a schedule of their own.
 """
 
 import json
@@ -21,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from circuitmill.config.toyworld import PretrainConfig
+from circuitmill.core.muon import Muon
 from circuitmill.errors import ConfigError, DivergedError
 from circuitmill.logs import progress
 from circuitmill.stores.files import atomic_write
 from circuitmill.stores.manifest import StageOutput
-from circuitmill.toyworld.muon import Muon
 from circuitmill.toyworld.transformer import is_key_or_query
 
 _LOG_TOKENS = 51_200
@@ -65,13 +67,24 @@ class Windows:
 
 
 class Pretraining:
-    """Model, optimizers and schedule of one run."""
+    """Model, optimizers and schedule of one run.
 
-    def __init__(self, model: PreTrainedModel, cfg: PretrainConfig, *, key_query_scale: float) -> None:
-        self.model, self.cfg = model, cfg
-        self.n_updates = cfg.tokens // cfg.batch_tokens
-        self.done = 0
-        """Updates made."""
+    Args:
+        model: Random weights; an extension replaces them by those that the run before it ended with.
+        key_query_scale: What the learning rate of keys and queries is multiplied by.
+        extension: 0 is the budget of `cfg.tokens`, the numbers from 1 are the extensions after it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cfg: PretrainConfig, *, key_query_scale: float, extension: int = 0
+    ) -> None:
+        self.model, self.cfg, self.extension = model, cfg, extension
+        self.n_updates = updates_after(cfg, extension)
+        """Updates that will have been made at the end of this run, those of the runs before it included."""
+        self.first = updates_after(cfg, extension - 1) if extension else 0
+        """Updates that the runs before it made."""
+        self.done = self.first
+        """Updates made, likewise."""
         embedding = model.get_input_embeddings().weight  # tied: also the unembedding
         mlp, attention, key_query, rest = [], [], [], []
         for name, weight in model.named_parameters():
@@ -97,9 +110,13 @@ class Pretraining:
         return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
 
     def rate(self, tokens: int) -> float:
-        """Share of the peak learning rates after `tokens` tokens."""
+        """Share of the peak learning rates after `tokens` tokens, those of the runs before included."""
         cfg = self.cfg
+        tokens -= self.first * cfg.batch_tokens
         rise = min(1.0, (tokens + cfg.batch_tokens) / cfg.warmup_tokens) if cfg.warmup_tokens else 1.0
+        if self.extension:
+            left = 1 - tokens / cfg.extension_tokens
+            return rise * (cfg.final_lr + (cfg.extension_rate - cfg.final_lr) * left)
         share = tokens / cfg.tokens
         if share < cfg.decay_from:
             return rise
@@ -139,12 +156,16 @@ class Pretraining:
                 tensors |= {f"{kind}/{index}/{key}": value for key, value in entry.items()}
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
-    def load_state(self, tensors: dict[str, Tensor], done: int) -> None:
-        """Go on from a state."""
-        self.done = done
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Take the weights of a state, not what its optimizers knew."""
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 weight.copy_(tensors[f"model/{name}"])
+
+    def load_state(self, tensors: dict[str, Tensor], done: int) -> None:
+        """Go on from a state."""
+        self.done = done
+        self.load_weights(tensors)
         for kind, optimizer in self._optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
@@ -152,6 +173,11 @@ class Pretraining:
                     _, index, key = name.split("/")
                     state.setdefault(int(index), {})[key] = tensor
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def updates_after(cfg: PretrainConfig, extensions: int) -> int:
+    """Updates of the budget and a number of extensions together."""
+    return cfg.tokens // cfg.batch_tokens + extensions * (cfg.extension_tokens // cfg.batch_tokens)
 
 
 def next_token_loss(
@@ -164,10 +190,11 @@ def next_token_loss(
 
 
 def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interrupt: Callable[[], bool] = bool) -> None:
-    """Train to the end of the budget, continuing from the last checkpoint in `output`.
+    """Train to the end of the run, continuing from the last checkpoint in `output`.
 
-    Writes `metrics.jsonl` (tokens, loss, share of the peak learning rate) and, every `checkpoint_tokens`, a
-    checkpoint that replaces the one before.
+    A checkpoint of the run before gives an extension its weights: the last one has to be kept until then.
+    Writes `metrics.jsonl` (tokens, loss, share of the peak learning rate; an extension adds lines) and, every
+    `checkpoint_tokens`, a checkpoint that replaces the one before.
 
     Args:
         interrupt: Asked after each update; True stops there, as a kill would.
@@ -182,9 +209,10 @@ def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interru
         cfg.batch_tokens // run.model.config.max_position_embeddings,
         _updates(cfg.checkpoint_tokens, cfg),
     )
-    total, before = run.n_updates * cfg.batch_tokens, run.done * cfg.batch_tokens
+    total, before = ((updates - run.first) * cfg.batch_tokens for updates in (run.n_updates, run.done))
+    what = f"extension {run.extension} of pretraining" if run.extension else "pretraining the embedded model"
     losses: list[float] = []
-    with progress("pretraining the embedded model", total=total, unit="tokens", done=before) as bar:
+    with progress(what, total=total, unit="tokens", done=before) as bar:
         while run.done < run.n_updates:
             rate = run.rate(run.done * cfg.batch_tokens)
             losses.append(run.update(windows.batch(run.done, n_sequences)))
@@ -209,12 +237,16 @@ def _updates(tokens: int, cfg: PretrainConfig) -> int:
 
 def _resume(run: Pretraining, output: StageOutput) -> list[dict]:
     entry = output.ledger.get("checkpoint")
-    if entry is None:
-        return []
-    run.load_state(load(output.path(entry["file"]).read_bytes()), entry["updates"])
-    _log.info("pretraining continues after %d of %d updates", run.done, run.n_updates)
-    lines = output.path("metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["tokens"] <= run.done * run.cfg.batch_tokens]
+    if entry is not None:
+        tensors = load(output.path(entry["file"]).read_bytes())
+        if entry["updates"] > run.first:
+            run.load_state(tensors, entry["updates"])
+            _log.info("pretraining continues after %d of %d updates", run.done, run.n_updates)
+        else:
+            run.load_weights(tensors)
+    path = output.path("metrics.jsonl")
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return [line for line in lines if line["tokens"] <= run.done * run.cfg.batch_tokens]
 
 
 def _checkpoint(run: Pretraining, metrics: list[dict], output: StageOutput) -> None:

@@ -38,12 +38,21 @@ class Batches:
         scaling: To normalised units.
         device: Where the trainer works.
         targets: Computes MLP outputs, for a source that has inputs alone.
+        reproduces: Whether what is read is what is to be reconstructed, for a source that has inputs alone.
     """
 
     def __init__(
-        self, source: Source, scaling: Scaling, *, device: torch.device, targets: Targets | None = None
+        self,
+        source: Source,
+        scaling: Scaling,
+        *,
+        device: torch.device,
+        targets: Targets | None = None,
+        reproduces: bool = False,
     ) -> None:
-        self._source, self._device, self._targets = source, device, targets
+        if reproduces and targets is not None:
+            raise _unclear("a function that computes others")
+        self._source, self._device, self._targets, self._reproduces = source, device, targets, reproduces
         self._scaling = scaling.to(device)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[StoredBatch]] | None = None
@@ -57,7 +66,11 @@ class Batches:
         self._reader.shutdown(cancel_futures=True)
 
     def get(self, index: int) -> Pair:
-        """This rank's part of a normalised batch; starts reading the one after it."""
+        """This rank's part of a normalised batch; starts reading the one after it.
+
+        Raises:
+            ShapeError: the batch has no outputs and nothing says which, or has some that nobody asked for.
+        """
         if self._next is None or self._next[0] != index:
             self._next = (index, self._read(index))
         batch = self._next[1].result()
@@ -73,7 +86,11 @@ class Batches:
 
     def _restored(self, batch: StoredBatch) -> Pair:
         x = batch.inputs.to(self._device).decode()
-        if batch.outputs is not None:
+        if self._reproduces:
+            if batch.outputs is not None:
+                raise _unclear("outputs in the batch")
+            y = x
+        elif batch.outputs is not None:
             y = batch.outputs.to(self._device).decode()
         elif self._targets is not None:
             y = self._targets(x)
@@ -82,6 +99,15 @@ class Batches:
                 "MLP outputs in the batch, or a function that computes them",
                 found="neither",
                 where="train",
-                fix="pass the model's MLPs for a cache with targets=recomputed",
+                fix="pass the model's MLPs for a cache with targets=recomputed, reproduces for one with targets=inputs",
             )
         return self._scaling.inputs(x), self._scaling.outputs(y)
+
+
+def _unclear(found: str) -> ShapeError:
+    return ShapeError(
+        "inputs alone, which are to be reconstructed",
+        found=found,
+        where="train",
+        fix="train a transcoder that reproduces what it reads on a cache with targets=inputs",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 Row = dict[str, Any]
-"""Numbers, and lists of one number per layer, by name."""
+"""Numbers, lists of one number per layer, and groups of these, by name."""
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class MetricsFile:
 
     def log(self, row: Row) -> None:
         """Append a row and hand it to the operating system."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -64,4 +64,6 @@ def _rows(path: Path) -> list[tuple[str, dict]]:
 def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,22 +2,49 @@
 
 Encoders run once and, if the nonlinearity allows, source by source, so that what is alive at a time stays in the
 processor's cache; decoder norms are computed once; each source is multiplied with all its targets at once.
+
+Terms that need the language model come from whoever runs it (`WholeSequences`), so that nothing here does.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitmill.config.train import TrainConfig
+from circuitmill.config.names import is_import_path
+from circuitmill.config.train import END_TO_END, TrainConfig
 from circuitmill.core.decoders import spans_of
-from circuitmill.core.losses import Evaluation, find_term
+from circuitmill.core.losses import Evaluation, find_term, reconstruction
 from circuitmill.core.nonlinearity import NONLINEARITIES, Nonlinearity, Settings, find_nonlinearity, jumprelu
 from circuitmill.core.operand import Dense, Operand
 from circuitmill.core.transcoder import Transcoder
+from circuitmill.errors import ShapeError
 from circuitmill.kernels import sparse
 from circuitmill.training import schedules
+
+Encode = Callable[[int, Float[Tensor, "token d_model"]], Operand]
+"""From a source and its normalised inputs to activations, by the nonlinearity that trains."""
+
+
+@runtime_checkable
+class WholeSequences(Protocol):
+    """A part of a batch whose tokens are whole sequences, with the language model that reads them."""
+
+    @property
+    def share(self) -> float:
+        """Tokens in this part, relative to an equal share of the batch.
+
+        BOS counts for nothing, so that parts of as many sequences have different numbers of tokens. With the share as
+        a factor, the mean of a term over the parts is the term of the whole batch.
+        """
+        ...
+
+    def terms(self, transcoder: Transcoder, encode: Encode, names: Collection[str]) -> dict[str, Float[Tensor, ""]]:
+        """End-to-end terms by name, of which the mean over the parts is the term of the whole batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +55,8 @@ class BatchResult:
     """Unweighted terms, by name."""
     loss: Float[Tensor, ""]
     """The weighted sum of the terms; what is differentiated."""
+    y: Float[Tensor, "token layer d_model"]
+    """What was to be reconstructed."""
     y_hat: Float[Tensor, "token layer d_model"]
     """The reconstruction, detached."""
     firings: Int[Tensor, "source feature"]
@@ -72,18 +101,84 @@ def evaluate_batch(
     y: Float[Tensor, "token layer d_model"],
     cfg: TrainConfig,
     moment: Moment,
+    whole: WholeSequences | None = None,
 ) -> BatchResult:
-    """Run a transcoder on a batch of normalised inputs and outputs."""
+    """Run a transcoder on a batch of normalised inputs and outputs.
+
+    Args:
+        transcoder: In normalised units.
+        x: Inputs, BOS excluded.
+        y: Outputs of the same tokens.
+        cfg: Terms and nonlinearity.
+        moment: Of the training.
+        whole: The sequences that the tokens are from; end-to-end terms need it.
+
+    Raises:
+        ShapeError: it is needed and missing.
+    """
     batch = evaluation(transcoder, x, y, cfg, moment)
+    terms = _terms(batch, cfg, moment, whole)
     coefficients = coefficients_at(cfg, moment.tokens)
-    terms = {name: find_term(name)(batch, cfg.loss[name]) for name in coefficients}
+    weighted = [coefficients[name] * term * _balance(name, term, batch, cfg, whole) for name, term in terms.items()]
     return BatchResult(
         terms={name: term.detach() for name, term in terms.items()},
-        loss=torch.stack([coefficients[name] * term for name, term in terms.items()]).sum(),
+        loss=torch.stack(weighted).sum(),
+        y=y,
         y_hat=batch.y_hats[-1].detach(),
         firings=torch.stack([a.firings() for a in batch.a]),
         least=torch.stack([_least(a) for a in batch.a]),
     )
+
+
+def _terms(
+    batch: Evaluation, cfg: TrainConfig, moment: Moment, whole: WholeSequences | None
+) -> dict[str, Float[Tensor, ""]]:
+    """Active terms by name, in the order of the configuration."""
+    kinds = {name: term.term or name for name, term in cfg.active_terms().items()}
+    asked = sorted(set(kinds.values()) & set(END_TO_END))
+    through_model: dict[str, Tensor] = {}
+    if asked and whole is None:
+        raise ShapeError(
+            f"whole sequences for {', '.join(asked)}",
+            found="tokens without the sequences that they are from",
+            where="train.loss",
+            fix="train on a source of whole sequences, or leave these terms out",
+        )
+    if asked and whole is not None:
+        through_model = whole.terms(batch.transcoder, encoder(batch.transcoder, cfg, moment), asked)
+    share = 1.0 if whole is None else whole.share
+    return {
+        name: through_model[kind] if kind in through_model else share * find_term(kind)(batch, cfg.loss[name])
+        for name, kind in kinds.items()
+    }
+
+
+def _balance(
+    name: str, value: Float[Tensor, ""], batch: Evaluation, cfg: TrainConfig, whole: WholeSequences | None
+) -> Float[Tensor, ""] | float:
+    """A factor besides the coefficient: with `balance`, reconstruction / value, without a gradient of its own.
+
+    It is of the part of the batch at hand. A value that is not above zero, as that of a perfect replacement, has no
+    gradient either and gets the factor zero.
+    """
+    term = cfg.loss[name]
+    if (term.term or name) not in END_TO_END or not term.balance:
+        return 1.0
+    share = 1.0 if whole is None else whole.share
+    with torch.no_grad():
+        target = share * reconstruction(batch, term)
+        return torch.where(value > 0, target / value, 0.0)
+
+
+def encoder(transcoder: Transcoder, cfg: TrainConfig, moment: Moment) -> Encode:
+    """Activations of one source from the one layer that it reads, as `evaluation` computes them."""
+    row, settings = find_nonlinearity(cfg.nonlinearity.name), settings_at(cfg, moment.tokens)
+
+    def encode(source: int, x: Float[Tensor, "token d_model"]) -> Operand:
+        pre = _wide(transcoder.pre_activations_layer(source, x))
+        return _activated(row, pre, transcoder.log_threshold[source], settings)
+
+    return encode
 
 
 def evaluation(
@@ -99,16 +194,17 @@ def evaluation(
     pre, operands, written = [], [], []
     row = find_nonlinearity(cfg.nonlinearity.name)
     if row.scope == "all":
-        pre = [transcoder.pre_activations_source(source, x) for source in range(transcoder.n_sources)]
+        pre = [_wide(transcoder.pre_activations_source(source, x)) for source in range(transcoder.n_sources)]
         together = row.apply(torch.stack(pre, dim=1), transcoder.log_threshold, settings)
-        operands = [_operand(together[:, source]) for source in range(transcoder.n_sources)]
+        # somebody else's function may have a gradient where it is zero
+        form = Dense if is_import_path(cfg.nonlinearity.name) else _operand
+        operands = [form(together[:, source]) for source in range(transcoder.n_sources)]
     for source in range(transcoder.n_sources):
         if row.scope == "source":
-            pre.append(transcoder.pre_activations_source(source, x))
+            pre.append(_wide(transcoder.pre_activations_source(source, x)))
             operands.append(_activated(row, pre[source], transcoder.log_threshold[source], settings))
-        written.append(
-            [transcoder.decoder.written(source, operands[source].within(span), x[:, source], span) for span in spans]
-        )
+        a, own = operands[source], x[:, source]
+        written.append([_wide(transcoder.decoder.written(source, a.within(span), own, span)) for span in spans])
     y_hats = _reconstructions(transcoder, x, written)
     return Evaluation(transcoder, x, y, pre, operands, y_hats, settings, moment.dead, moment.density)
 
@@ -154,6 +250,11 @@ def _reconstructions(
         so_far = [before + parts[index] for before, parts in zip(so_far, written, strict=True)]
         found.append(transcoder.add_up(so_far, x))
     return found
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: products may come in fewer bits, sums and comparisons with thresholds need more."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _least(a: Operand) -> Float[Tensor, ""]:

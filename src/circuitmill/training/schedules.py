@@ -3,21 +3,19 @@
 import math
 
 
-def learning_rate(
-    tokens: int, *, peak: float, total: int, warmup: int, decay_share: float, kind: str = "linear"
-) -> float:
-    """Linear rise over `warmup` tokens, constant, fall over the last `decay_share` of `total`.
+def learning_rate(tokens: int, *, peak: float, end: int, warmup: int, decay: float, kind: str = "linear") -> float:
+    """Linear rise over `warmup` tokens, constant, fall over the last `decay` tokens before `end`.
 
-    >>> [learning_rate(t, peak=1.0, total=100, warmup=10, decay_share=0.2) for t in (5, 50, 90, 100)]
+    >>> [learning_rate(t, peak=1.0, end=100, warmup=10, decay=20.0) for t in (5, 50, 90, 100)]
     [0.5, 1.0, 0.5, 0.0]
 
     Args:
         tokens: Seen at the end of the step; so the first step moves already and the last one hardly.
+        end: Tokens that will have been seen when the training ends.
         kind: linear or cosine to zero; constant does not fall.
     """
     rise = min(1.0, tokens / warmup) if warmup else 1.0
-    decay = decay_share * total
-    left = min(1.0, max(0.0, total - tokens) / decay) if decay else 1.0
+    left = min(1.0, max(0.0, end - tokens) / decay) if decay else 1.0
     fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[kind]
     return peak * min(rise, fall)
 

@@ -11,6 +11,7 @@ from circuitmill.config.train import TrainConfig
 from circuitmill.core import init
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
+from circuitmill.training import precision, schedules
 from circuitmill.training.optimizer import Optimizer, make_optimizer
 
 
@@ -38,24 +39,75 @@ class TrainState:
         """Features that have not fired for at least `after` tokens."""
         return self.idle >= after
 
-    def seen(self, firings: Int[Tensor, "source feature"], least: Float[Tensor, " source"], cfg: TrainConfig) -> None:
+    def seen(
+        self, firings: Int[Tensor, "source feature"], least: Float[Tensor, " source"], cfg: TrainConfig, n_tokens: int
+    ) -> None:
         """Count one batch, of all ranks.
 
         Args:
             firings: Tokens on which each feature fired.
             least: The smallest activation of each source.
+            cfg: Of the training.
+            n_tokens: Tokens on which features could fire.
         """
         tokens = cfg.batch_tokens
         self.idle = torch.where(firings > 0, 0, self.idle + tokens)
         # the window is dead_tokens long; while less has been seen it is all that has been seen
         weight = max(tokens / cfg.dead_tokens, 1 / (self.step + 1))
-        self.density = torch.lerp(self.density, firings / tokens, min(1.0, weight))
+        self.density = torch.lerp(self.density, firings / n_tokens, min(1.0, weight))
         found = torch.isfinite(least)
         rate = torch.where(self.least > 0, cfg.nonlinearity.threshold_rate, 1.0)
         self.least = torch.where(found, torch.lerp(self.least, torch.where(found, least, 0.0), rate), self.least)
 
+    def note_l0(self, cfg: TrainConfig) -> list[float]:
+        """Take note of what the running L0 has fallen below; after each step, on all ranks, which find the same.
+
+        The running L0 is the sum of the running densities, per source. The warm-up is waited for: before, few steps
+        have been made and the density is that of the starting values.
+
+        Returns:
+            Values of checkpoint_l0 that it is below for the first time, largest first.
+        """
+        tokens = self.step * cfg.batch_tokens
+        waiting = set(cfg.checkpoint_l0) - self.reached
+        may_stop = cfg.stop_l0 > 0 and not self.decay_from
+        if tokens < cfg.warmup_tokens or not (waiting or may_stop):
+            return []
+        l0 = self.density.double().sum().item() / len(self.density)
+        new = sorted((value for value in waiting if l0 < value), reverse=True)
+        self.reached.update(new)
+        if may_stop and l0 < cfg.stop_l0:
+            self.decay_from = tokens
+        return new
+
+    def last_step(self, cfg: TrainConfig) -> int:
+        """The step after which the training ends: of the budget, or sooner after stop_l0.
+
+        From there the learning rate falls over as many tokens as at the end of the budget. A constant one does not
+        fall, so that nothing is waited for.
+        """
+        if not self.decay_from:
+            return cfg.steps
+        share = 0.0 if cfg.schedule == "constant" else cfg.decay_share
+        return min(cfg.steps, self.decay_from // cfg.batch_tokens + math.ceil(share * cfg.steps))
+
+    def learning_rate(self, cfg: TrainConfig) -> float:
+        """Of the step that comes next."""
+        budget, end = (steps * cfg.batch_tokens for steps in (cfg.steps, self.last_step(cfg)))
+        return schedules.learning_rate(
+            (self.step + 1) * cfg.batch_tokens,
+            peak=cfg.lr,
+            end=end,
+            warmup=cfg.warmup_tokens,
+            decay=cfg.decay_share * budget if end == budget else float(end - self.decay_from),
+            kind=cfg.schedule,
+        )
+
     def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors on the CPU, for a checkpoint."""
+        """The state as named tensors on the CPU, for a checkpoint.
+
+        What is not trained is not in it. With an optimizer that averages, the parameters are the averages.
+        """
         named = {
             "idle": self.idle.cpu(),
             "density": self.density.cpu(),
@@ -65,8 +117,6 @@ class TrainState:
             "reached": torch.tensor(sorted(self.reached), dtype=torch.float64),
             "decay_from": torch.tensor(self.decay_from),
         }
-        for name, parameter in self.transcoder.named_parameters():
-            named[f"parameter.{name}"] = parameter.detach().cpu()
         return named | self.optimizer.tensors()
 
     @torch.no_grad()
@@ -76,7 +126,7 @@ class TrainState:
         Raises:
             ShapeError: the checkpoint is of a transcoder of another shape.
         """
-        for name, parameter in self.transcoder.named_parameters():
+        for parameter, name in self.optimizer.names.items():
             saved = tensors.get(f"parameter.{name}")
             if saved is None or saved.shape != parameter.shape:
                 raise ShapeError(
@@ -85,7 +135,6 @@ class TrainState:
                     where=f"checkpoint, parameter.{name}",
                     fix="remove the checkpoints of the other configuration",
                 )
-            parameter.copy_(saved)
         self.optimizer.restore(tensors)
         for name in ("idle", "density", "least"):
             getattr(self, name).copy_(tensors[name])
@@ -124,7 +173,14 @@ def start(
 
 
 def make_state(cfg: TrainConfig, transcoder: Transcoder) -> TrainState:
-    """A training that has not begun, of a transcoder with starting values."""
+    """A training that has not begun, of a transcoder with starting values.
+
+    What requires a gradient by now is trained.
+
+    Raises:
+        ConfigError: optimizer or precision need a package or a device that is not there.
+    """
+    precision.store_matrices(transcoder, cfg)
     like = transcoder.log_threshold.detach()
     return TrainState(
         transcoder,

@@ -34,13 +34,18 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Fit and sparsity of one layer, and what replacing this layer alone changes."""
+    """Fit and sparsity of one layer, and what replacing this layer alone changes.
 
+    Sparsity is None if features read several layers, so that they are not one layer's.
+    """
+
+    place: str
+    """Its number, or the name of what is read and reconstructed there."""
     ev: Figure
-    l0: Real
-    l0_p5: Real
-    l0_p95: Real
-    dead: int
+    l0: Figure
+    l0_p5: Figure
+    l0_p95: Figure
+    dead: int | None
     kl: Figure
 
 
@@ -59,23 +64,28 @@ class TaskRow:
 class Evaluation:
     """What the page shows of `evaluation.json`."""
 
+    topology: str
     n_tokens: int
     n_features: int
-    """Per layer."""
+    """Of each source."""
+    n_sources: int
+    """Groups of features that share what they read: layers, but one in a crosscoder."""
     ev: Figure
     """Pooled over layers."""
     l0: Real
-    """Summed over layers."""
+    """Summed over sources."""
     dead: int
-    """Over all layers."""
+    """Over all sources."""
     layers: Sequence[LayerRow]
+    unreplaceable: str | None
+    """Why no MLPs are replaced, so that nothing is said about predictions."""
     models: Mapping[str, Behaviour]
-    """By the keys of `MODELS`."""
+    """By the keys of `MODELS`; empty if no MLPs are replaced, as are tasks."""
     tasks: Sequence[TaskRow]
     density_edges: Sequence[Real]
     """Of log10 density."""
     density_counts: Sequence[Sequence[int]]
-    """Features per layer and bin."""
+    """Features per source and bin."""
 
     @property
     def n_layers(self) -> int:
@@ -83,9 +93,21 @@ class Evaluation:
         return len(self.layers)
 
     @property
+    def all_features(self) -> int:
+        """Features of all sources."""
+        return self.n_features * self.n_sources
+
+    @property
+    def size(self) -> str:
+        """How many features there are, and over what."""
+        layers = f"{self.n_layers} layer" + "s" * (self.n_layers > 1)
+        together = "" if self.n_sources == self.n_layers else " read together"
+        return f"{self.topology}, {layers}{together} × {count(self.n_features)} features"
+
+    @property
     def replacement(self) -> Behaviour:
-        """The model with all MLPs replaced."""
-        return self.models["replacement"]
+        """The model with all MLPs replaced; without figures if they are not."""
+        return self.models.get("replacement", Behaviour(None))
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -104,26 +126,34 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _evaluation(raw: Mapping[str, Any]) -> Evaluation:
-    sparsity, density = raw["sparsity"], raw["density_histogram"]
-    per_layer = sparsity["per_layer"]
+    sparsity, density, shape = raw["sparsity"], raw["density_histogram"], raw["transcoder"]
+    per_source = sparsity["per_layer"]
+    places, n_sources = raw["places"], shape["n_sources"]
+    by_source = [
+        per_source["l0"],
+        per_source["l0_percentiles"]["p5"],
+        per_source["l0_percentiles"]["p95"],
+        per_source["dead"],
+    ]
+    unknown = [None] * len(places)
     columns = (
+        [str(layer) if place.startswith("mlp.") else place for layer, place in enumerate(places)],
         raw["fit"]["per_layer"]["explained_variance"],
-        per_layer["l0"],
-        per_layer["l0_percentiles"]["p5"],
-        per_layer["l0_percentiles"]["p95"],
-        per_layer["dead"],
-        [row["replacement"]["kl"] for row in raw["one_layer"]],
+        *(by_source if n_sources == len(places) else [unknown] * len(by_source)),
+        [row["replacement"]["kl"] for row in raw["one_layer"]] if raw["one_layer"] else unknown,
     )
-    tasks = raw["tasks"] or ()
     return Evaluation(
+        topology=shape["topology"],
         n_tokens=raw["tokens"]["evaluated"],
-        n_features=raw["transcoder"]["n_features"],
+        n_features=shape["n_features"],
+        n_sources=n_sources,
         ev=raw["fit"]["explained_variance"],
         l0=sparsity["l0"],
         dead=sparsity["dead"],
         layers=[LayerRow(*row) for row in zip(*columns, strict=True)],
-        models={key: _known(Behaviour, raw["behaviour"][key]) for key in MODELS},
-        tasks=[_known(TaskRow, task) for task in tasks],
+        unreplaceable=raw["unreplaceable"],
+        models={key: _known(Behaviour, raw["behaviour"][key]) for key in MODELS} if raw["behaviour"] else {},
+        tasks=[_known(TaskRow, task) for task in raw["tasks"] or ()],
         density_edges=density["log10_edges"],
         density_counts=density["counts"],
     )
@@ -141,23 +171,25 @@ def evaluation_tables(evaluation: Evaluation, descriptions: Mapping[str, str]) -
     Args:
         descriptions: What a task asks, by name; may lack tasks.
     """
-    n_features = evaluation.n_features
 
     def dead(n_dead: int, total: int) -> str:
         return f"{count(n_dead)} ({percent(n_dead / total, 1)})"
 
     return {
         "tokens": count(evaluation.n_tokens),
+        "unreplaceable": evaluation.unreplaceable,
         "layers": [
-            {**vars(row), "layer": layer, "dead": dead(row.dead, n_features)}
-            for layer, row in enumerate(evaluation.layers)
+            {**vars(row), "dead": "–" if row.dead is None else dead(row.dead, evaluation.n_features)}
+            for row in evaluation.layers
         ],
         "total": {
             "ev": evaluation.ev,
             "l0": evaluation.l0,
-            "dead": dead(evaluation.dead, n_features * evaluation.n_layers),
+            "dead": dead(evaluation.dead, evaluation.all_features),
         },
-        "models": [{**vars(evaluation.models[key]), "name": name} for key, name in MODELS.items()],
+        "models": [
+            {**vars(evaluation.models[key]), "name": name} for key, name in MODELS.items() if key in evaluation.models
+        ],
         "tasks": [
             {**vars(task), "name": task.name.replace("_", " "), "description": descriptions.get(task.name, "")}
             for task in evaluation.tasks
@@ -166,9 +198,12 @@ def evaluation_tables(evaluation: Evaluation, descriptions: Mapping[str, str]) -
 
 
 def density_charts(evaluation: Evaluation) -> list[dict]:
-    """How often features fire, stacked over layers."""
+    """How often features fire, stacked over layers that they read."""
+    by_layer = len(evaluation.density_counts) == evaluation.n_layers
+    names = [row.place for row in evaluation.layers] if by_layer else ["all layers"]
     series = [
-        {"name": f"layer {layer}", "counts": list(counts)} for layer, counts in enumerate(evaluation.density_counts)
+        {"name": f"layer {name}" if name.isdigit() else name, "counts": list(counts)}
+        for name, counts in zip(names, evaluation.density_counts, strict=True)
     ]
     if not series:
         return []
@@ -200,16 +235,14 @@ def variant_rows(this: str, evaluations: Mapping[str, Evaluation]) -> list[dict]
 
 
 def variant_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
-    """L0 against what it buys, a point per variant; nothing to draw for one variant."""
-    if len(rows) < 2:
-        return []
-    titles = (("Explained variance", "ev"), ("Agreement", "agreement"), ("KL (nats)", "kl"))
-    return [
-        {
-            "title": f"{title} against L0",
-            "x_label": "L0",
-            "y_label": title,
-            "points": [{"name": row["name"], "here": row["here"], "x": row["l0"], "y": row[key]} for row in rows],
-        }
-        for title, key in titles
-    ]
+    """L0 against what it buys, a point per variant that has the figure; nothing to draw for fewer than two."""
+    charts = []
+    for title, key in (("Explained variance", "ev"), ("Agreement", "agreement"), ("KL (nats)", "kl")):
+        points = [
+            {"name": row["name"], "here": row["here"], "x": row["l0"], "y": row[key]}
+            for row in rows
+            if row[key] is not None
+        ]
+        if len(points) > 1:
+            charts.append({"title": f"{title} against L0", "x_label": "L0", "y_label": title, "points": points})
+    return charts

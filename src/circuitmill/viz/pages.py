@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | index.html, graph.html, features.html, feature.html | pages |
-| data/run.js | curves, histograms, variants |
+| data/run.js | training curves, histograms, variants |
 | data/graphs.js, data/graphs/<name>.js | list of graphs; one graph (circuit-tracer's JSON) |
 | data/features/index.js | explanation, scores and density of every feature with a page |
 | data/features/<layer>-<n>.js | features from n * chunk_features |
@@ -42,6 +42,8 @@ class Content:
     entries: Sequence[dict]
     """Their rows in the list, in the same order."""
     plots: Sequence[Path]
+    undefined: str | None = None
+    """Why there are no graphs."""
     study: Mapping[str, Any] | None = None
     """Comparison of variants that differ in a shared stage."""
 
@@ -62,21 +64,27 @@ def tiles(content: Content) -> list[dict]:
     one = content.evaluation
     found, known = concepts_found(content.entries)
     correct = [entry["correct"] for entry in content.entries if entry["correct"] is not None]
-    total = one.n_features * one.n_layers
+    total = one.all_features
     right = f"{sum(correct)} of {len(correct)} answered as expected" if correct else "no expected answers"
+    alone = "layer" if one.n_sources == one.n_layers else "token"
     rows = (
         ("ev", "Explained variance", number(one.ev, 4), "pooled over layers, held-out tokens"),
-        ("l0", "L0 per layer", number(one.l0 / one.n_layers), f"{number(one.l0)} active features per token in all"),
+        ("l0", f"L0 per {alone}", number(one.l0 / one.n_sources), f"{number(one.l0)} active features per token in all"),
         ("dead", "Dead features", percent(one.dead / total, 1), f"{count(one.dead)} of {count(total)}"),
-        ("agreement", "Agreement", percent(one.replacement.agreement, 1), "first choice, all MLPs replaced"),
-        ("kl", "KL divergence", number(one.replacement.kl), "nats, all MLPs replaced"),
+        (
+            "agreement",
+            "Agreement",
+            percent(one.replacement.agreement, 1),
+            one.unreplaceable or "first choice, all MLPs replaced",
+        ),
+        ("kl", "KL divergence", number(one.replacement.kl), one.unreplaceable or "nats, all MLPs replaced"),
         (
             "ce_recovered",
             "Cross-entropy recovered",
             percent(one.replacement.ce_recovered_zero, 1),
-            "between MLPs off and the original",
+            one.unreplaceable or "between MLPs off and the original",
         ),
-        ("graphs", "Graphs traced", count(len(content.entries)), right),
+        ("graphs", "Graphs traced", count(len(content.entries)), content.undefined or right),
         (
             "concepts",
             "Known concepts found",
@@ -106,7 +114,7 @@ def write_overview(path_of: PathOf, content: Content, *, chunk_features: int, pa
         path_of,
         "run",
         {
-            "curves": curves.training_charts(content.metrics),
+            "training": curves.training_charts(content.metrics),
             "histograms": evaluation_view.density_charts(evaluation),
             "variants": evaluation_view.variant_charts(rows),
         },
@@ -128,12 +136,13 @@ def write_overview(path_of: PathOf, content: Content, *, chunk_features: int, pa
         "facts": content.facts,
         "tiles": tiles(content),
         "circuits": graph_view.by_circuit(listed),
+        "undefined": content.undefined,
         "evaluation": evaluation_view.evaluation_tables(evaluation, content.task_descriptions),
         "plots": [{"file": plot.name, "title": plot.stem.replace("_", " ")} for plot in content.plots],
         "variants": rows,
         "study": None if content.study is None else study_view.section(content.study),
         "stages": [{**vars(stage), "config": config_text(stage.config)} for stage in content.stages],
         "pages": count(pages),
-        "total": count(evaluation.n_features * evaluation.n_layers),
+        "total": count(evaluation.all_features),
     }
     write_site(path_of, context)

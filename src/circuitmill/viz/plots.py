@@ -138,7 +138,6 @@ def plot_evaluation(document: dict, l0_tokens: Sequence[int]) -> dict[str, str]:
     """
     fit, sparsity, density = document["fit"], document["sparsity"]["per_layer"], document["density_histogram"]
     percentiles = sparsity["l0_percentiles"]
-    kl = {name: [row[name]["kl"] for row in document["one_layer"]] for name in ("replacement", "mean_ablation")}
     found = {
         "explained_variance": plot_explained_variance(
             fit["per_layer"]["explained_variance"], fit["explained_variance"]
@@ -146,8 +145,11 @@ def plot_evaluation(document: dict, l0_tokens: Sequence[int]) -> dict[str, str]:
         "l0": plot_l0(sparsity["l0"], percentiles["p5"], percentiles["p95"]),
         "l0_histogram": plot_l0_histogram(l0_tokens),
         "density": plot_density(density["log10_edges"], density["counts"]),
-        "one_layer": plot_one_layer(kl["replacement"], kl["mean_ablation"]),
     }
+    # undefined for a transcoder that does not stand for MLPs
+    if document["one_layer"]:
+        kl = {name: [row[name]["kl"] for row in document["one_layer"]] for name in ("replacement", "mean_ablation")}
+        found["one_layer"] = plot_one_layer(kl["replacement"], kl["mean_ablation"])
     if document["tasks"]:
         models = ("original", "replacement", "mean_ablation")
         accuracies = {model.replace("_", " "): [row[model] for row in document["tasks"]] for model in models}

@@ -47,7 +47,7 @@ class Member:
     figures: Mapping[str, Real | None]
     """By the names of `FIGURES`."""
     prompts: Mapping[str, str]
-    """Name -> text of every graph."""
+    """Name -> text of every graph; none of a transcoder that cannot be traced."""
     nodes: Mapping[str, frozenset[Node]]
     """Name of the graph -> its feature nodes."""
     model: Path
@@ -207,9 +207,9 @@ def _mean(values: Iterable[Real | None]) -> float | None:
 
 
 def common_prompts(members: Sequence[Member]) -> list[str]:
-    """Prompts that all members traced, with the same text."""
-    first = members[0].prompts
-    return [name for name, text in first.items() if all(one.prompts.get(name) == text for one in members)]
+    """Prompts that all members with graphs traced, with the same text."""
+    traced = [one.prompts for one in members if one.prompts]
+    return [name for name, text in (traced or [{}])[0].items() if all(one.get(name) == text for one in traced)]
 
 
 def overlap_by_id(pair: Pair, prompts: Sequence[str]) -> float | None:
@@ -239,10 +239,11 @@ def overlap_matched(pair: Pair, prompts: Sequence[str]) -> float | None:
 
 
 def _overlaps(kinds: Mapping[str, tuple[Sequence[Pair], Any]], prompts: Sequence[str]) -> dict[str, Any]:
-    """Kind -> mean overlap over pairs of runs; None where there is no pair or no node."""
+    """Kind -> mean overlap over pairs of runs that both have graphs; None where there is no pair or no node."""
     found = {}
     for kind, (pairs, measure) in kinds.items():
-        values = [value for value in (measure(pair, prompts) for pair in pairs) if value is not None]
+        traced = [pair for pair in pairs if all(one.prompts for one in pair)]
+        values = [value for value in (measure(pair, prompts) for pair in traced) if value is not None]
         found[kind] = {"mean": rounded(sum(values) / len(values)), "pairs": len(values)} if values else None
     return found
 

@@ -85,10 +85,15 @@ def notes(study: Mapping[str, Any]) -> list[str]:
     }
     how = {"paired": "runs of the same seed paired", "welch": "Welch's test, for the runs do not pair by seed"}
     said = " and ".join(how[method] for method in sorted(methods))
-    return [
+    found = [
         f"Differences from {study['baseline']} with {study['confidence']:.0%} intervals (Student's t"
         + (f", {said}" if said else "")
-        + "); the baseline's row has its own means.",
+        + "); the baseline's row has its own means."
+    ]
+    if not study["prompts"]:
+        return [*found, "No graphs are compared: there is no prompt that all variants with graphs traced."]
+    return [
+        *found,
         f"Overlaps are Jaccard indices of the feature nodes of {len(study['prompts'])} graphs, against the baseline; "
         "its own row has the overlap between two of its seeds, and ✓ marks an overlap no lower than that. "
         "Same nodes: layer, feature number and position agree. Matched: features were first paired across "

@@ -3,8 +3,18 @@
   "use strict";
   const { el, svg, number } = window.circuitmill;
   const HEIGHT = 204;
+  /** Most points of a curve that are drawn as such. */
+  const FEW = 24;
+  /** Most series that can be told apart by colours of their own. */
+  const COLOURS = 6;
+  /** Radius of such a point. */
+  const MARK = 2.5;
   const PAD = { left: 46, right: 12, top: 8, bottom: 38 };
-  const colour = (index) => "var(--series-" + ((index % 6) + 1) + ")";
+  /** Of one series among `count`; many go from one colour to another. */
+  const colour = (index, count) =>
+    count <= COLOURS
+      ? "var(--series-" + (index + 1) + ")"
+      : "color-mix(in oklch, var(--series-2) " + Math.round((100 * index) / (count - 1)) + "%, var(--series-1))";
 
   function niceTicks(low, high, count) {
     if (!(high > low)) return [low];
@@ -16,11 +26,16 @@
     return ticks;
   }
   function logTicks(low, high) {
-    const ticks = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) ticks.push(10 ** power);
-    const inside = ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
-    if (inside.length >= 2) return inside.filter((_, index) => index % Math.ceil(inside.length / 5) === 0);
-    return [low, Math.sqrt(low * high), high];
+    const inside = (factors) => {
+      const ticks = [];
+      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1)
+        ticks.push(...factors.map((factor) => Number((factor * 10 ** power).toPrecision(12))));
+      return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+    };
+    const powers = inside([1]);
+    if (powers.length >= 2) return powers.filter((_, index) => index % Math.ceil(powers.length / 5) === 0);
+    const finer = inside([1, 2, 5]);
+    return finer.length >= 2 ? finer : niceTicks(low, high, 3);
   }
   function shortTick(value) {
     const size = Math.abs(value);
@@ -41,7 +56,11 @@
     if (!finite.length) return log ? [0.1, 1] : [0, 1];
     let low = Math.min(...finite);
     let high = Math.max(...finite);
-    if (log) return low === high ? [low / 2, high * 2] : [low, high];
+    if (log) {
+      // As the margin of a linear axis, so that no curve lies on the frame.
+      const factor = low === high ? 2 : (high / low) ** 0.05;
+      return [low / factor, high * factor];
+    }
     if (zero && low > 0) low = 0;
     const margin = (high - low || Math.abs(high) || 1) * 0.05;
     return [zero && low === 0 ? 0 : low - margin, high + margin];
@@ -75,6 +94,15 @@
     }).observe(figure);
   }
 
+  const entry = (series, index, text) =>
+    el("span", {}, el("span", { class: "swatch", style: { backgroundColor: colour(index, series.length) } }), series[index].name + text);
+
+  /** A legend; of many numbered series the first and the last. */
+  function names(series) {
+    const all = series.map((_, index) => entry(series, index, ""));
+    return series.length > COLOURS && series.every(({ name }) => / \d+$/.test(name)) ? [all[0], "to", all[all.length - 1]] : all;
+  }
+
   function shell(place, spec) {
     const legend = el("div", { class: "legend", "aria-live": "off" });
     const figure = el("figure", { class: "chart" }, el("figcaption", {}, spec.title), legend);
@@ -82,16 +110,27 @@
     return { figure, legend };
   }
 
-  /** spec: {title, x, x_label, log, zero, series: [{name, values}]}; values are null where nothing was measured. */
+  /** The place nearest to `at` where a series was measured. */
+  function measured(values, at) {
+    for (let off = 0; off < values.length; off += 1) {
+      if (values[at - off] !== null && values[at - off] !== undefined) return at - off;
+      if (values[at + off] !== null && values[at + off] !== undefined) return at + off;
+    }
+    return at;
+  }
+
+  /** spec: {title, x, x_label, log, zero, settled, legend, series: [{name, values}]}; values are null where nothing was
+   *  measured, which a curve passes over; legend: names a single series too. */
   function lines(place, spec) {
     const { figure, legend } = shell(place, spec);
-    const entry = (series, index, value) =>
-      el("span", {}, el("span", { class: "swatch", style: { backgroundColor: colour(index) } }), series.name, value === undefined ? "" : " " + number(value));
-    const showLegend = (at) =>
-      legend.replaceChildren(
-        ...(spec.series.length > 1 || at !== undefined ? spec.series.map((series, index) => entry(series, index, at === undefined ? undefined : series.values[at])) : []),
-        at === undefined ? "" : el("span", {}, "at " + shortTick(spec.x[at]) + " " + (spec.x_label || ""))
-      );
+    const many = spec.series.length;
+    const valueAt = (index, at) => spec.series[index].values[measured(spec.series[index].values, at)];
+    const showLegend = (at, only) => {
+      if (at === undefined) return legend.replaceChildren(...(many > 1 || spec.legend ? names(spec.series) : []));
+      const shown = only === undefined ? [...spec.series.keys()] : [only];
+      const entries = shown.map((index) => entry(spec.series, index, " " + number(valueAt(index, at))));
+      legend.replaceChildren(...entries, el("span", {}, "at " + shortTick(spec.x[at]) + " " + (spec.x_label || "")));
+    };
     responsive(figure, (width) => {
       figure.querySelector("svg")?.remove();
       showLegend();
@@ -104,16 +143,13 @@
       const ys = scale(y0, y1, bottom, PAD.top, spec.log);
       const picture = svg("svg", { viewBox: "0 0 " + width + " " + HEIGHT, role: "img", "aria-label": spec.title });
       picture.append(frame(width, xs, ys, niceTicks(x0, x1, 4), spec.log ? logTicks(y0, y1) : niceTicks(y0, y1, 4), spec.x_label));
-      const curves = svg("svg", { x: PAD.left, y: 0, width: width - PAD.left, height: bottom + 1, viewBox: [PAD.left, 0, width - PAD.left, bottom + 1].join(" "), overflow: "hidden" });
+      const curves = svg("svg", { x: PAD.left - MARK, y: 0, width: width - PAD.left + MARK, height: bottom + 1, viewBox: [PAD.left - MARK, 0, width - PAD.left + MARK, bottom + 1].join(" "), overflow: "hidden" });
       spec.series.forEach((series, index) => {
-        let path = "";
-        let open = false;
-        series.values.forEach((value, at) => {
-          const drawn = value !== null && (!spec.log || value > 0);
-          if (drawn) path += (open ? "L" : "M") + xs(spec.x[at]).toFixed(1) + " " + ys(value).toFixed(1);
-          open = drawn;
-        });
-        curves.append(svg("path", { class: "line", d: path, style: { stroke: colour(index) } }));
+        const places = series.values.map((value, at) => [spec.x[at], value]).filter(([, value]) => value !== null && (!spec.log || value > 0));
+        const path = places.map(([x, value], at) => (at ? "L" : "M") + xs(x).toFixed(1) + " " + ys(value).toFixed(1)).join("");
+        curves.append(svg("path", { class: "line", d: path, style: { stroke: colour(index, many) } }));
+        // What is measured rarely is shown where it was measured.
+        if (places.length <= FEW) for (const [x, value] of places) curves.append(svg("circle", { cx: xs(x), cy: ys(value), r: MARK, style: { fill: colour(index, many) } }));
       });
       picture.append(curves);
       const cursor = svg("line", { class: "cursor", y1: PAD.top, y2: bottom, visibility: "hidden" });
@@ -128,7 +164,11 @@
         cursor.setAttribute("x1", xs(spec.x[best]));
         cursor.setAttribute("x2", xs(spec.x[best]));
         cursor.setAttribute("visibility", "visible");
-        showLegend(best);
+        const y = ((event.clientY - box.top) / box.height) * HEIGHT;
+        // Zero is nowhere on a logarithmic axis.
+        const gaps = spec.series.map((_, index) => Math.abs(ys(valueAt(index, best)) - y)).map((gap) => (Number.isFinite(gap) ? gap : Infinity));
+        // Beyond a handful the legend has room for the nearest alone.
+        showLegend(best, many > COLOURS ? gaps.indexOf(Math.min(...gaps)) : undefined);
       });
       picture.addEventListener("pointerleave", () => {
         cursor.setAttribute("visibility", "hidden");
@@ -141,8 +181,7 @@
   /** spec: {title, edges, series: [{name, counts}], x_label, log}; series are stacked. */
   function histogram(place, spec) {
     const { figure, legend } = shell(place, spec);
-    if (spec.series.length > 1)
-      legend.append(...spec.series.map((series, index) => el("span", {}, el("span", { class: "swatch", style: { backgroundColor: colour(index) } }), series.name)));
+    if (spec.series.length > 1) legend.append(...names(spec.series));
     responsive(figure, (width) => {
       figure.querySelector("svg")?.remove();
       const bottom = HEIGHT - PAD.bottom;
@@ -163,7 +202,7 @@
             picture.append(
               svg(
                 "rect",
-                { x: xs(edges[bin]) + 0.5, width: Math.max(0.5, xs(edges[bin + 1]) - xs(edges[bin]) - 1), y: ys(above), height: Math.max(0.5, ys(below) - ys(above)), style: { fill: colour(index) } },
+                { x: xs(edges[bin]) + 0.5, width: Math.max(0.5, xs(edges[bin + 1]) - xs(edges[bin]) - 1), y: ys(above), height: Math.max(0.5, ys(below) - ys(above)), style: { fill: colour(index, spec.series.length) } },
                 svg("title", {}, (spec.series.length > 1 ? series.name + ": " : "") + series.counts[bin].toLocaleString("en-US") + " from " + number(edges[bin]) + " to " + number(edges[bin + 1]))
               )
             );

@@ -65,14 +65,16 @@
       )
     );
     if (record.graphs.length) place.append(section("In graphs", null, inGraphs(record.graphs)));
-    place.append(
-      el(
-        "div",
-        { class: "two" },
-        section("Promotes", "Output tokens this feature's decoder raises most, by direct effect on the logits.", bars(record.top)),
-        section("Suppresses", "Output tokens it lowers most.", bars(record.bottom))
-      )
-    );
+    // A feature that writes no vector to the residual stream has none.
+    if (record.top.length)
+      place.append(
+        el(
+          "div",
+          { class: "two" },
+          section("Promotes", "Output tokens this feature's decoder raises most, by direct effect on the logits.", bars(record.top)),
+          section("Suppresses", "Output tokens it lowers most.", bars(record.bottom))
+        )
+      );
     const top = windows(record, "top");
     place.append(section("Strongest activations", "Text windows shaded by activation; the underlined token is the peak.", top.length ? top : el("p", { class: "muted" }, "It never fired on the tokens that were searched.")));
     const samples = windows(record, "quantile");

@@ -1,12 +1,16 @@
 /* The figures of the overview page; its tables are in the page itself and need no script. */
 (function () {
   "use strict";
-  const { load, charts, fail } = window.circuitmill;
+  const { load, charts, el, fail } = window.circuitmill;
 
   load("run").then(
     (run) => {
       const training = document.getElementById("training-charts");
-      for (const chart of run.curves) charts.lines(training, chart);
+      for (const group of run.training) {
+        const place = el("div", { class: "charts" });
+        training.append(el("h3", {}, group.title), place);
+        for (const chart of group.charts) charts[chart.kind](place, chart);
+      }
       const evaluation = document.getElementById("evaluation-charts");
       for (const chart of run.histograms) charts.histogram(evaluation, chart);
       const variants = document.getElementById("variant-charts");

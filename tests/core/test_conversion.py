@@ -3,7 +3,7 @@ import torch
 from tests.core.coders import ROWS, random_transcoder, tokens_for
 
 from circuitmill.config.train import TOP_K
-from circuitmill.core.conversion import ThresholdCalibration, set_thresholds
+from circuitmill.core.conversion import ThresholdCalibration, feature_thresholds, set_thresholds
 from circuitmill.core.nonlinearity import NONLINEARITIES, Settings
 from circuitmill.errors import DivergedError, ShapeError
 
@@ -133,3 +133,22 @@ def test_a_source_on_which_nothing_fires_is_named(pre, kept, message):
 def test_every_source_has_an_entry():
     with pytest.raises(ShapeError, match=r"2 sources; found pre-activations of 1, kept places of 2"):
         ThresholdCalibration(2).update([torch.ones(2, 3)], [1, 1])
+
+
+@pytest.mark.parametrize("name", ["topk", "token_topk", "groupmax"])
+@pytest.mark.parametrize("block", [5, 1024])
+def test_each_feature_fires_as_often_as_it_is_kept(coder, name, block):
+    x = tokens_for(coder, 40)
+    kept = NONLINEARITIES[name].apply(pre_of(coder, x), coder.log_threshold, Settings(k=K)) > 0
+    wanted = kept.sum(dim=0)
+    set_thresholds(coder, feature_thresholds(coder, x, wanted, block=block))
+    assert torch.equal((coder.encode(x) > 0).sum(dim=0), wanted)
+    assert (coder.threshold > 0).all()
+
+
+def test_a_feature_that_is_never_kept_does_not_fire(coder):
+    x = tokens_for(coder, 40)
+    wanted = (pre_of(coder, x) > 0).sum(dim=0)
+    wanted[:, ::3] = 0
+    set_thresholds(coder, feature_thresholds(coder, x, wanted))
+    assert torch.equal((coder.encode(x) > 0).sum(dim=0), wanted)

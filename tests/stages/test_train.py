@@ -273,7 +273,7 @@ def test_a_top_k_kind_ends_with_thresholds_that_keep_its_l0(name, cfg, upstreams
     rows = ActivationStore.open(load_manifest(cache, "cache")).read("heldout", 0, own.calibration_tokens)
     clt = load_clt(tmp_path / "train" / "model")
     l0 = (clt.encode(rows.inputs) > 0).sum(dim=(0, 2)) / own.calibration_tokens
-    assert (clt.threshold.std(dim=1) < 1e-6).all()
+    assert (clt.threshold.std(dim=1) < 1e-6).all() == name.startswith("batch")
     if name == "groupmax":
         assert (l0 <= 4).all() and (l0 > 1).all()
     else:

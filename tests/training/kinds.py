@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def kind(name: str, **changes: Any) -> TrainConfig:
-    """The small task with an optimizer. Without torchao, which slows every import of transformers, 8 bits are left out."""
+    """The small task with an optimizer; 8 bits only where torchao is, which slows every import of transformers."""
     if name == "adam8bit":
         pytest.importorskip("torchao")
     return tiny(**({"optimizer__name": name} | KINDS[name] | changes))

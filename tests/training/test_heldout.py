@@ -234,7 +234,7 @@ def test_the_replacement_model_is_measured_with_the_finished_transcoder(tmp_path
 
     row = held_out(cfg, replaced=replaced).measure(state)
     assert row["replacement_agreement"] == 0.5
-    expected = finished(state, cfg, scaling()).state_dict()
+    expected = finished(state, cfg, scaling(), pairs()).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in seen[0].state_dict().items())
     file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
     file.log({"step": state.step} | row)

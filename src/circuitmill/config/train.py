@@ -11,6 +11,8 @@ NONLINEARITIES = ("relu", "jumprelu", "topk", "token_topk", "batch_topk", "batch
 """Names in `circuitmill.core.nonlinearity`."""
 TOP_K = NONLINEARITIES[2:]
 """Those that keep a given number of features."""
+OVER_TOKENS = ("batch_topk", "batch_topk_all")
+"""Those that rank over the tokens of a batch, and so have one threshold in effect."""
 OVER_SOURCES = ("token_topk", "batch_topk_all")
 """Those that look at all sources at once."""
 TERMS: dict[str, tuple[str, ...]] = {

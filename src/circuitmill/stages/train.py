@@ -14,7 +14,6 @@ of every batch; rank 0 writes.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,9 +21,9 @@ from pathlib import Path
 import torch
 
 from circuitmill import distributed, logs
-from circuitmill.config.train import OVER_SOURCES, TOP_K, TrainConfig
+from circuitmill.config.train import TrainConfig
 from circuitmill.core.adapters import merged
-from circuitmill.core.conversion import ThresholdCalibration, set_thresholds
+from circuitmill.core.conversion import set_thresholds
 from circuitmill.core.scaling import fold
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.distributed import Ranks
@@ -40,13 +39,14 @@ from circuitmill.stores.transcoders import MODEL, TRACED, as_clt, is_plain_clt, 
 from circuitmill.training import parallel
 from circuitmill.training.batches import Batches
 from circuitmill.training.finetune import state_from_base
-from circuitmill.training.heldout import WITH_THRESHOLDS, HeldOut
+from circuitmill.training.heldout import HeldOut
 from circuitmill.training.interrupt import StopRequest
 from circuitmill.training.loop import Ended, train
 from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
-from circuitmill.training.objective import Moment, evaluation
+from circuitmill.training.objective import Moment
 from circuitmill.training.sequences import SequenceBatches
 from circuitmill.training.state import TrainState, start
+from circuitmill.training.thresholds import WITH_THRESHOLDS, kept_thresholds
 
 METRICS = "metrics.jsonl"
 PROFILE = "profile"
@@ -119,20 +119,12 @@ def _set_thresholds(cfg: TrainConfig, state: TrainState, data: TrainData) -> Non
     if own.name in WITH_THRESHOLDS:
         return
     moment = Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
-    groups = transcoder.n_sources if own.name in OVER_SOURCES else 1
-    # a nonlinearity of somebody else's says nothing about how much it keeps
-    most = math.ceil(own.k * groups * own.calibration_tokens) if own.name in TOP_K else None
-    found = ThresholdCalibration(transcoder.n_sources, most)
     pairs = data.heldout(
         tokens=own.calibration_tokens,
         batch_tokens=cfg.batch_tokens,
         key="train.nonlinearity.calibration_tokens",
     )
-    with torch.no_grad():
-        for x, y in pairs:
-            batch = evaluation(transcoder, x, y, cfg, moment)
-            found.update(batch.pre, [int(a.firings().sum()) for a in batch.a])
-    set_thresholds(transcoder, found.thresholds())
+    set_thresholds(transcoder, kept_thresholds(transcoder, list(pairs), cfg, moment))
 
 
 def _save(cfg: TrainConfig, transcoder: Transcoder, cache: Manifest, output: StageOutput) -> None:

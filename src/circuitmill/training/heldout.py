@@ -34,13 +34,12 @@ from circuitmill.training.batches import Pair
 from circuitmill.training.monitor import Row
 from circuitmill.training.objective import Moment, evaluation
 from circuitmill.training.state import TrainState
+from circuitmill.training.thresholds import WITH_THRESHOLDS, kept_thresholds
 
 Replaced = Callable[[Transcoder], Mapping[str, float | None]]
 """Measures the language model with its MLPs replaced by a finished transcoder."""
 Histogram = dict[str, Any]
 
-WITH_THRESHOLDS = ("relu", "jumprelu")
-"""Nonlinearities whose features have thresholds of their own while training."""
 PER_DECADE = 5
 """Bars per factor of ten."""
 MOST_BARS = 60
@@ -77,7 +76,7 @@ class HeldOut:
         if self._batches:
             row |= self._fit(state) | feature_figures(state, self._cfg)
         if self._replaced is not None:
-            found = self._replaced(finished(state, self._cfg, self._scaling))
+            found = self._replaced(finished(state, self._cfg, self._scaling, self._batches))
             row |= {f"replacement_{name}": value for name, value in found.items()}
         return row
 
@@ -108,11 +107,15 @@ class HeldOut:
 
 
 @torch.no_grad()
-def finished(state: TrainState, cfg: TrainConfig, scaling: Scaling) -> Transcoder:
+def finished(state: TrainState, cfg: TrainConfig, scaling: Scaling, batches: Sequence[Pair] = ()) -> Transcoder:
     """The transcoder as it would be if the training ended now: in raw units, with a threshold per feature.
 
-    For nonlinearities without thresholds those are the running mean of the least activation kept. At the end of a
-    training they are set on held-out tokens instead (`core.conversion`), which takes longer and changes little.
+    Args:
+        state: Of the training.
+        cfg: Of the training.
+        scaling: Normalised units to raw ones.
+        batches: Held-out tokens on which a nonlinearity without thresholds gets some, as at the end (fewer than then);
+            without any it gets the running mean of the least activation kept.
 
     Returns:
         A copy; the training goes on with its own.
@@ -120,7 +123,8 @@ def finished(state: TrainState, cfg: TrainConfig, scaling: Scaling) -> Transcode
     transcoder = fold(state.transcoder, scaling.to(state.idle.device))
     # folding leaves pre-activations as they are
     if cfg.nonlinearity.name not in WITH_THRESHOLDS:
-        set_thresholds(transcoder, state.least)
+        moment = Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
+        set_thresholds(transcoder, kept_thresholds(state.transcoder, batches, cfg, moment) if batches else state.least)
     return transcoder
 
 

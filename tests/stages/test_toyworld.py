@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tests.toyworld.conftest import load_config, replace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoForCausalLM
 
@@ -11,6 +12,16 @@ from circuitmill.stages import toyworld
 from circuitmill.stores.manifest import Manifest, load_manifest
 from circuitmill.toyworld.questions import BEYOND, all_tasks
 from circuitmill.toyworld.world import make_world
+
+FOLDER = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What Hugging Face's folders of a model and its tokenizer hold."""
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +43,23 @@ def test_it_ends_with_a_manifest_that_verifies(manifest: Manifest):
         "corpus/heldout.txt",
         "truth.json",
         "metrics.jsonl",
-        "model/config.json",
-        "model/generation_config.json",
-        "model/model.safetensors",
-        "model/special_tokens_map.json",
-        "model/tokenizer.json",
-        "model/tokenizer_config.json",
+        *(f"{folder}/{name}" for folder in ("early", "model") for name in FOLDER),
     }
+
+
+def test_the_early_model_has_learned_less(manifest: Manifest):
+    model, early = (
+        AutoModelForCausalLM.from_pretrained(manifest.folder / name, local_files_only=True)
+        for name in ("model", "early")
+    )
+    assert early.config.to_dict() == model.config.to_dict() | {"_name_or_path": early.config._name_or_path}
+    text = AutoTokenizer.from_pretrained(manifest.folder / "model", local_files_only=True)(
+        manifest.file("corpus/heldout.txt").read_text().splitlines()[:50], add_special_tokens=False
+    ).input_ids
+    longest = model.config.max_position_embeddings
+    rows = [torch.tensor([ids[:longest]]) for ids in text if len(ids) > 1]
+    losses = [sum(one(row, labels=row).loss.item() for row in rows) for one in (model, early)]
+    assert losses[0] < losses[1]
 
 
 def test_the_model_is_an_ordinary_folder(manifest: Manifest, cfg: ToyworldConfig):
@@ -185,7 +206,8 @@ def test_a_run_killed_while_it_saves_an_extended_model(
 
     def broken(self: GPTNeoForCausalLM, folder: Path) -> None:
         saves.append(folder)
-        if len(saves) == 2:
+        # after the early model and the model of the first budget
+        if len(saves) == 3:
             (Path(folder) / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
         real(self, folder)

@@ -97,6 +97,18 @@ def test_an_undefined_figure_has_no_difference(tmp_path: Path) -> None:
     assert study_view.rows(study.study_document(members))[1][3:5] == [("–", ""), ("0", "")]
 
 
+def test_what_calibrate_was_told_as_cache_was_counts_once(tmp_path: Path) -> None:
+    def one(name: str, **options: str) -> Member:
+        return member(tmp_path, name, "bf16", 0, set(), options=options)
+
+    keys = {"cache.hookpoint": "mlp", "calibrate.hookpoint": "mlp", "calibrate.tokens": "1"}
+    a, b = one("a", **keys), one("b", **dict.fromkeys(keys, "2"))
+    assert study.differing([a, b]) == ["cache.hookpoint", "calibrate.tokens"]
+    c = one("c", **(keys | {"calibrate.hookpoint": "2"}))
+    assert study.differing([a, c]) == ["calibrate.hookpoint"]
+    assert study.differing([a, b, c]) == ["cache.hookpoint", "calibrate.hookpoint", "calibrate.tokens"]
+
+
 def test_variants_without_graphs_share_no_prompts_and_take_none_away(tmp_path: Path) -> None:
     a = member(tmp_path, "a", "bf16", 0, {(0, 1, 2)})
     b = replace(member(tmp_path, "b", "int4", 0, {(0, 1, 2)}), prompts={}, nodes={})

@@ -11,9 +11,9 @@ tokens as the top-k kind keeps there:
   features (explained variance .79 against .95 on the demo's layers with TopK 8, .98 with TopK itself).
 
 The one threshold is not searched for: if N places are to fire, it is the middle between the N-th largest
-pre-activation and the next. Which values that will be is known at the end only, because a later batch may keep more than
-it has large values for. So nothing is forgotten that may still be one of the N + 1 largest: every positive value, unless
-an upper bound of N is given.
+pre-activation and the next. Which values that will be is known at the end only, because a later batch may keep more
+than it has large values for. So nothing is forgotten that may still be one of the N + 1 largest: every positive value,
+unless an upper bound of N is given.
 """
 
 import torch

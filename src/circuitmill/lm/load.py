@@ -70,7 +70,7 @@ EARLY = "-early"
 """End of the label of the embedded model that means its snapshot from early pretraining."""
 _MISSING = {
     "toyworld": "run stage toyworld",
-    EARLY: "run stage toyworld with options that keep a snapshot of pretraining",
+    EARLY: "run stage toyworld again",
     "folder": "give a folder written by save_pretrained",
     "transformer_lens": "give a folder written by circuitmill.lm.lens.save_lens_model",
 }

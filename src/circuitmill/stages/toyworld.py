@@ -139,12 +139,23 @@ def _train(
     windows = Windows(stream, bos_id=BOS_ID, context=cfg.transformer.context, seed=cfg.seed)
     model = make_transformer(cfg.transformer, d_vocab=len(tokenizer), bos_id=BOS_ID, seed=cfg.seed)
     scale = key_query_scale(cfg.transformer)
-    pretrain(Pretraining(model, cfg.pretrain, key_query_scale=scale, extension=extension), windows, output)
-    if hasattr(model.config, "activation_function"):
-        model.config.activation_function = "gelu_new"
-    model.save_pretrained(output.path("model"))
-    tokenizer.save_pretrained(output.path("model"))
+
+    def save(model: PreTrainedModel, folder: str = "early") -> None:
+        model.save_pretrained(output.path(folder))
+        tokenizer.save_pretrained(output.path(folder))
+        if hasattr(model.config, "activation_function"):
+            _name_activation(output.path(folder, "config.json"))
+
+    run = Pretraining(model, cfg.pretrain, key_query_scale=scale, extension=extension)
+    pretrain(run, windows, output, early=save)
+    save(model, "model")
     output.ledger.put("model", extensions=extension)
+
+
+def _name_activation(path: Path) -> None:
+    """Call the activation what TransformerLens calls it; transformers has a faster one of the same function."""
+    config = json.loads(path.read_text())
+    atomic_write(path, json.dumps(config | {"activation_function": "gelu_new"}, indent=2, sort_keys=True) + "\n")
 
 
 _DERIVED = ("exchange", "mlps_needed")

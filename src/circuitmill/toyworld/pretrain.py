@@ -32,6 +32,8 @@ from circuitmill.toyworld.transformer import is_key_or_query
 
 _LOG_TOKENS = 51_200
 """Tokens between two lines of metrics."""
+EARLY = 0.25
+"""Share of the budget after which the early model is kept: it has learned facts of one hop and hardly those of two."""
 _NOTHING = -100
 """The target of a position that predicts nothing."""
 _MOMENTUM = 0.95
@@ -189,7 +191,14 @@ def next_token_loss(
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_NOTHING)
 
 
-def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interrupt: Callable[[], bool] = bool) -> None:
+def pretrain(
+    run: Pretraining,
+    windows: Windows,
+    output: StageOutput,
+    *,
+    early: Callable[[PreTrainedModel], None] | None = None,
+    interrupt: Callable[[], bool] = bool,
+) -> None:
     """Train to the end of the run, continuing from the last checkpoint in `output`.
 
     A checkpoint of the run before gives an extension its weights: the last one has to be kept until then.
@@ -197,6 +206,7 @@ def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interru
     `checkpoint_tokens`, a checkpoint that replaces the one before.
 
     Args:
+        early: Given the model after `EARLY` of the first budget. Any later checkpoint was made after that.
         interrupt: Asked after each update; True stops there, as a kill would.
 
     Raises:
@@ -217,6 +227,8 @@ def pretrain(run: Pretraining, windows: Windows, output: StageOutput, *, interru
             rate = run.rate(run.done * cfg.batch_tokens)
             losses.append(run.update(windows.batch(run.done, n_sequences)))
             bar.advance(cfg.batch_tokens)
+            if early is not None and run.done == max(1, int(EARLY * updates_after(cfg, 0))):
+                early(run.model)
             last = run.done == run.n_updates
             checkpoint = last or run.done % every == 0
             if checkpoint or run.done % _updates(_LOG_TOKENS, cfg) == 0:

@@ -147,9 +147,16 @@ def _flat(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def differing(members: Sequence[Member]) -> list[str]:
-    """The keys in which members differ."""
+    """The keys in which members differ; what stage calibrate was told as stage cache was, once."""
     keys = dict.fromkeys(key for member in members for key in member.options)
-    return [key for key in keys if any(one.options.get(key) != members[0].options.get(key) for one in members)]
+    found = [key for key in keys if any(one.options.get(key) != members[0].options.get(key) for one in members)]
+    twins = {key: key.replace("calibrate.", "cache.", 1) for key in found if key.startswith("calibrate.")}
+    told_twice = [
+        key
+        for key, twin in twins.items()
+        if twin in found and all(one.options.get(key) == one.options.get(twin) for one in members)
+    ]
+    return [key for key in found if key not in told_twice]
 
 
 def _groups(members: Sequence[Member], keys: Sequence[str]) -> dict[str, list[Member]]:

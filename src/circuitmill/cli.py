@@ -1,4 +1,4 @@
-"""The command line: one subcommand per stage, and a few that look at a run.
+"""The command line: one subcommand per stage, and a few around a finished run.
 
     circuitmill train --config results/demo/main/config/train.yaml --cache results/demo/cache/manifest.json --out DIR
     circuitmill train experiment=demo train.lr=3e-4 --cache results/demo/cache/manifest.json --out DIR

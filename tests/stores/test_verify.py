@@ -385,3 +385,14 @@ def test_linked_folders_are_followed(run: Path, tmp_path: Path):
 def test_nothing_to_check(run: Path, path: str):
     with pytest.raises(StoreError, match=r"fix: +name"):
         verify(Path(path))
+
+
+def test_a_training_that_started_from_another_is_good(run: Path):
+    """Its base may lie in another run, so nothing is said about it."""
+    edit(run / "main/train/manifest.json", lambda raw: raw["inputs"].update(base="0" * 64), own_digest=True)
+    train = load_manifest(run / "main/train/manifest.json", "train")
+    for stage in ("evaluate", "features", "attribute", "report"):
+        assert "train" in load_manifest(run / f"main/{stage}/manifest.json", stage).inputs
+    findings = verify(run / "main/train").findings
+    assert not findings, "\n".join(map(str, findings))
+    assert train.inputs["base"] == "0" * 64

@@ -38,6 +38,9 @@ class Place:
 
     def upstream(self, name: str) -> list[Path]:
         """The folders of a stage of which this one read one: its own, the run's, or those of all variants."""
+        if name not in _STAGES:
+            # the base of a training: it may lie in another run, which its manifest does not name
+            return []
         own = [self.home / name]
         if stage_row(name).shared and self.home != self.run:
             own.append(self.home.parent / name)

@@ -21,6 +21,7 @@ from circuitmill.config.compose import compose
 from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.metrics import ExplainedVariance
+from circuitmill.core.transcoder import Transcoder
 from circuitmill.stages import train
 from circuitmill.stores.activations import ActivationStore
 from circuitmill.stores.manifest import load_manifest
@@ -89,19 +90,21 @@ def measured(run: Path, cfg: TrainConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         manifest = train.run(cfg, **inputs, out=Path(folder))
         clt = load_transcoder(Path(folder) / "model")
+    return {"parameters": manifest.counts["parameters"], **fit_of(clt, cache)}
+
+
+def fit_of(transcoder: Transcoder, cache: Path) -> dict:
+    """Features per token and layer, and fit, on a cache's held-out tokens."""
     store = ActivationStore.open(load_manifest(cache))
-    explained, fired, n_tokens = ExplainedVariance(clt.n_layers, clt.d_model), 0, store.n_tokens("heldout")
+    explained = ExplainedVariance(transcoder.n_layers, transcoder.d_model)
+    fired, n_tokens = 0, store.n_tokens("heldout")
     for start in range(0, n_tokens, 4096):
         rows = store.read("heldout", start, min(start + 4096, n_tokens))
-        a = clt.encode(rows.inputs)
+        a = transcoder.encode(rows.inputs)
         fired += int((a > 0).sum())
-        explained.update(rows.outputs, clt.decode(a, rows.inputs))
-    return {
-        "parameters": manifest.counts["parameters"],
-        "l0": fired / n_tokens / clt.n_layers,
-        "ev": explained.pooled(),
-        "nmse": 1 - explained.pooled(),
-    }
+        explained.update(rows.outputs, transcoder.decode(a, rows.inputs))
+    ev = explained.pooled()
+    return {"l0": fired / n_tokens / transcoder.n_layers, "ev": ev, "nmse": 1 - ev}
 
 
 def averaged(rows: list[dict]) -> Iterator[dict]:

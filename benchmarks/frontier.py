@@ -128,6 +128,7 @@ def plot(means: list[dict], path: Path) -> None:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     for number, kind in enumerate(KINDS):
@@ -135,6 +136,10 @@ def plot(means: list[dict], path: Path) -> None:
         style = "--" if kind.endswith("PLT") else "-"
         axes.errorbar(*zip(*own, strict=True), fmt=f"o{style}", color=f"C{number % 3}", label=kind, capsize=2, ms=4)
     axes.set(xscale="log", yscale="log", xlabel="features per token and layer (L0)", ylabel="1 - explained variance")
+    for axis, ticks in ((axes.xaxis, (2, 4, 8, 16)), (axes.yaxis, (0.02, 0.03, 0.05, 0.1))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
 

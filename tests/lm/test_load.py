@@ -62,7 +62,7 @@ def test_an_early_snapshot_of_the_embedded_model(tiny_model_dir: Path, tmp_path:
     folders = {name: model_location(cfg, tmp_path) for name, cfg in names.items()}
     assert [Path(folders[name]).name for name in names] == ["model", "model", "model", "early"]
     shutil.rmtree(tmp_path / "early")
-    with pytest.raises(ConfigError, match=r"/early\n(.|\n)*keep a snapshot of pretraining"):
+    with pytest.raises(ConfigError, match=r"/early\n(.|\n)*run stage toyworld again"):
         model_location(names["toyworld-early"], tmp_path)
 
 

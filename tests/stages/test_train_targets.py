@@ -1,5 +1,6 @@
 """Training on a cache of inputs alone: outputs come from the model's own MLPs, and must be those that were captured."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from circuitmill.training.monitor import read_metrics
 
 @pytest.fixture(scope="module")
 def cfg() -> TrainConfig:
-    return decode(TrainConfig, options("train", "tiny"), "train")
+    """Without the replacement model, which needs the very model of the cache."""
+    plain = options("train", "tiny")
+    plain["monitor"]["behaviour_tokens"] = 0
+    return decode(TrainConfig, plain, "train")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,9 @@ def test_a_model_that_has_changed_elsewhere_still_has_the_same_targets(
     changed(weights.parent, "attention.q_proj")
     stage.run(cfg, **recomputed, out=tmp_path / "train")
     load_manifest(tmp_path / "train" / "manifest.json", "train").verify()
+    measuring = dataclasses.replace(cfg, monitor=dataclasses.replace(cfg.monitor, behaviour_tokens=64))
+    with pytest.raises(UpstreamError, match=r"a cache of model(.|\n)*run stage cache again with this model"):
+        stage.run(measuring, **recomputed, out=tmp_path / "measured")
 
 
 def test_a_stopped_training_on_computed_targets_continues_to_the_same_bits(

@@ -73,7 +73,7 @@ class Calibration:
         path = manifest.checked_file(CALIBRATION)
         try:
             tensors = load(path.read_bytes())
-            places = ("inputs", "outputs") if "outputs_center" in tensors else ("inputs",)
+            places = ("inputs", "outputs") if any(name.startswith("outputs_") for name in tensors) else ("inputs",)
             return cls(
                 {
                     place: PlaceCalibration(*(tensors[f"{place}_{name}"] for name in ("center", "scale", "bits")))

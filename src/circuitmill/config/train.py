@@ -147,7 +147,7 @@ class OptimizerConfig:
     """Parts of a rank's batch that are worked on one after the other; divides it."""
 
     def __post_init__(self) -> None:
-        decays = self.name in ("adamw", "muon", "schedule_free")
+        decays, averages = self.name in ("adamw", "muon", "schedule_free"), self.name == "schedule_free"
         for key, good, expected in (
             ("beta1", 0 <= self.beta1 < 1, "a number from 0 to below 1"),
             ("beta2", 0 <= self.beta2 < 1, "a number from 0 to below 1"),
@@ -156,6 +156,12 @@ class OptimizerConfig:
             ("micro_batches", self.micro_batches > 0, "a number above 0"),
             ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
             ("weight_decay", self.weight_decay == 0 or decays, f"0 with {self.name}"),
+            ("beta1", self.beta1 > 0 or not averages, "a number above 0 with schedule_free, whose average needs it"),
+            (
+                "precision",
+                self.precision != "bf16" or not averages,
+                "another with schedule_free, whose averages move by less than bfloat16 can hold",
+            ),
         ):
             _require(good, expected, getattr(self, key), f"optimizer.{key}")
 

@@ -34,13 +34,6 @@ def unfold(transcoder: Transcoder, scaling: Scaling) -> Transcoder:
     Raises:
         ShapeError: decoders that targets share cannot hold a scale per dimension, or a mixture of transforms a center.
     """
-    if isinstance(transcoder.decoder, Mixture) and bool(scaling.input_center.any()):
-        raise ShapeError(
-            "inputs with nothing subtracted for a mixture of transforms",
-            found="centers that are not zero",
-            where="train.scaling",
-            fix="train with scaling rms",
-        )
     inverse = Scaling(
         input_scale=1 / scaling.input_scale,
         output_scale=1 / scaling.output_scale,

@@ -13,6 +13,7 @@ With `pair_scale` and `pair_offset` a source's activations become scale * a + of
 number per pair and feature. All parameters are zero (scales one) until an initialiser or a store fills them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -29,7 +30,7 @@ from circuitmill.errors import ShapeError
 ALL = slice(None)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """What the forms have in common."""
 
     def __init__(self, topology: Topology, n_features: int, d_model: int) -> None:
@@ -51,25 +52,25 @@ class Decoder(nn.Module):
             d_model=self.d_model,
         )
 
+    @abstractmethod
     def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
         """Decoder vectors of a source's features, made from whatever the form keeps.
 
         Raises:
             ShapeError: what the features write is not a vector times the activation.
         """
-        raise NotImplementedError
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """Length of each feature's decoder vector, by target."""
         return torch.linalg.vector_norm(self.block(source), dim=2)
 
+    @abstractmethod
     def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> "Decoder":
         """Divide what is written to each layer by these factors, in place.
 
         Returns:
             The decoder, or one of another form if this one cannot hold the change.
         """
-        raise NotImplementedError
 
 
 class Untied(Decoder):

@@ -1,6 +1,6 @@
 """MLP inputs and outputs of every layer, through forward hooks on the model's MLP modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,8 +11,49 @@ from circuitmill.lm.hookpoints import mlps
 from circuitmill.lm.load import LanguageModel
 
 
-class _LastMlpDone(Exception):
-    """Not an error: everything that was asked for has been seen, the rest of the pass is not needed."""
+class AllSeen(Exception):
+    """Not an error, raised by a hook: what was asked for has been seen, the rest of the pass is not needed."""
+
+
+def require_context(lm: LanguageModel, length: int) -> None:
+    """Refuse sequences that are too long for a model.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if length > lm.context:
+        raise ConfigError(
+            f"sequences of at most {lm.context} tokens, the context of model {lm.name}",
+            found=f"{length} tokens",
+            where="tokenize.context",
+            fix="lower the context and tokenize again, or shorten the prompt",
+        )
+
+
+def run_hooked(
+    lm: LanguageModel, tokens: Int[Tensor, "sequence pos"], handles: Sequence[torch.utils.hooks.RemovableHandle]
+) -> None:
+    """Run the model without its head until a hook has seen enough; the hooks are removed whatever happens."""
+    try:
+        with torch.no_grad():
+            lm.model.base_model(input_ids=tokens.to(lm.device), use_cache=False)
+    except AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def keep_rows(
+    kept: Float[Tensor, "... d_model"],
+    value: Float[Tensor, "sequence pos d_model"],
+    wanted: Int[Tensor, " token"] | None,
+) -> None:
+    """Copy activations to where they are kept: all, or those of the wanted positions, counted over all sequences."""
+    if wanted is None:
+        kept.copy_(value)
+    else:
+        torch.index_select(value.to(kept.dtype).flatten(0, 1), 0, wanted, out=kept)
 
 
 def capture_mlp(
@@ -38,13 +79,7 @@ def capture_mlp(
         ShapeError: an MLP's input or output is not of the model's width.
     """
     n_sequences, length = tokens.shape
-    if length > lm.context:
-        raise ConfigError(
-            f"sequences of at most {lm.context} tokens, the context of model {lm.name}",
-            found=f"{length} tokens",
-            where="tokenize.context",
-            fix="lower the context and tokenize again, or shorten the prompt",
-        )
+    require_context(lm, length)
     seen = (n_sequences, length, lm.d_model)
     wanted = None if keep is None else keep.flatten().nonzero().squeeze(1).to(lm.device)
     if wanted is None:
@@ -64,22 +99,12 @@ def capture_mlp(
                         where=f"model {lm.name}, layer {layer}",
                         fix="this architecture needs its own row in circuitmill/lm/hookpoints.py",
                     )
-                if wanted is None:
-                    kept[:, :, layer] = value
-                else:
-                    torch.index_select(value.to(kept.dtype).flatten(0, 1), 0, wanted, out=kept[:, layer])
+                keep_rows(kept[..., layer, :], value, wanted)
             if layer == lm.n_layers - 1:
-                raise _LastMlpDone
+                raise AllSeen
 
         return hook
 
     handles = [module.register_forward_hook(take(layer)) for layer, module in enumerate(mlps(lm.model))]
-    try:
-        with torch.no_grad():
-            lm.model.base_model(input_ids=tokens.to(lm.device), use_cache=False)
-    except _LastMlpDone:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(lm, tokens, handles)
     return inputs, outputs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from circuitmill.config.activations import ActivationsConfig, Hookpoint, Single
 from circuitmill.errors import ConfigError, ShapeError
-from circuitmill.lm.capture import capture_mlp
+from circuitmill.lm.capture import AllSeen, capture_mlp, keep_rows, require_context, run_hooked
 from circuitmill.lm.hookpoints import Site, sites
 from circuitmill.lm.load import LanguageModel, load_language_model, require_tokenizer, tokenizer_digest
 
@@ -26,10 +26,6 @@ SECOND = "second."
 """In front of the name of a place of the second model."""
 
 Captured = tuple[Float[Tensor, "token layer d_model"], Float[Tensor, "token layer d_model"] | None]
-
-
-class _AllSeen(Exception):
-    """Not an error: everything that was asked for has been seen, the rest of the pass is not needed."""
 
 
 def capture_sites(
@@ -59,13 +55,7 @@ def capture_sites(
         ShapeError: what is there is not of the model's width.
     """
     n_sequences, length = tokens.shape
-    if length > lm.context:
-        raise ConfigError(
-            f"sequences of at most {lm.context} tokens, the context of model {lm.name}",
-            found=f"{length} tokens",
-            where="tokenize.context",
-            fix="lower the context and tokenize again, or shorten the prompt",
-        )
+    require_context(lm, length)
     seen = (n_sequences, length, lm.d_model)
     wanted = None if keep is None else keep.flatten().nonzero().squeeze(1).to(lm.device)
     rows = seen[:2] if wanted is None else (len(wanted),)
@@ -81,23 +71,13 @@ def capture_sites(
                 where=f"model {lm.name}, layer {layers[index]}",
                 fix="this architecture needs its own row in circuitmill/lm/hookpoints.py",
             )
-        if wanted is None:
-            kept[index] = value
-        else:
-            torch.index_select(value.to(kept.dtype).flatten(0, 1), 0, wanted, out=kept[index])
+        keep_rows(kept[index], value, wanted)
         if index == len(layers) - 1:
-            raise _AllSeen
+            raise AllSeen
 
     found = sites(lm.model, hookpoint)
     handles = [_hook(found[layer], lambda value, index=index: take(index, value)) for index, layer in enumerate(layers)]
-    try:
-        with torch.no_grad():
-            lm.model.base_model(input_ids=tokens.to(lm.device), use_cache=False)
-    except _AllSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(lm, tokens, handles)
     return kept.movedim(0, -2)
 
 

@@ -321,13 +321,6 @@ def _inner(trained: _Trained, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
 
 
 def _schedule_free(groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
-    if adam["betas"][0] == 0:
-        raise ConfigError(
-            "a number above 0 with schedule_free, whose average is found with it",
-            found=0.0,
-            where="train.optimizer.beta1",
-            fix="set it to 0.9",
-        )
     inner = _package("schedulefree", "schedulefree").AdamWScheduleFree(groups, **adam)
     inner.train()
     return inner

@@ -38,7 +38,7 @@ def store_matrices(transcoder: Transcoder, cfg: TrainConfig) -> None:
     """Round what is trained and stored in bfloat16, once, to the nearest; other precisions store float32.
 
     Raises:
-        ConfigError: this device cannot train with the precision, or the optimizer cannot.
+        ConfigError: this device cannot train with the precision.
     """
     own, device = cfg.optimizer, transcoder.b_dec.device
     if own.precision == "fp16" and device.type != "cuda":
@@ -50,13 +50,6 @@ def store_matrices(transcoder: Transcoder, cfg: TrainConfig) -> None:
         )
     if own.precision != "bf16":
         return
-    if own.name == "schedule_free":
-        raise ConfigError(
-            "another precision than bf16 with schedule_free, whose averages move by less than bfloat16 can hold",
-            found=own.precision,
-            where="train.optimizer.precision",
-            fix="set it to bf16_autocast",
-        )
     for parameter in transcoder.parameters():
         if parameter.requires_grad and parameter.ndim == 3:
             parameter.data = parameter.data.bfloat16()

@@ -3,8 +3,8 @@
     python benchmarks/thresholds.py --run results/demo [--tokens 250000] [--k 8]
 
 Trains the TopK CLT of benchmarks/frontier.py on the run's cache, sets thresholds on the first 16,384 held-out tokens
-and measures the next 16,384: with TopK itself, with one threshold per layer that keeps L0, with one per feature that keeps
-each feature's frequency (what the stage does), and with each feature's least kept activation.
+and measures the next 16,384: with TopK itself, with one threshold per layer that keeps L0, with one per feature that
+keeps each feature's frequency (what the stage does), and with each feature's least kept activation.
 """
 
 import argparse

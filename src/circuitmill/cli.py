@@ -119,6 +119,16 @@ def _add_tools(commands: Any) -> None:
     config.add_argument("--variant", default="", help="as this variant uses it")
     config.add_argument("--keys", action="store_true", help="a table of every key with type, value and meaning instead")
     config.set_defaults(action=_config)
+    launch = commands.add_parser(
+        "launch", help="run a subcommand as several ranks, on this machine or on every node of a Slurm step"
+    )
+    launch.add_argument(
+        "--per-node", type=int, metavar="N", help="ranks per node (default: one per GPU, or one where there is none)"
+    )
+    launch.add_argument(
+        "ranked", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="what circuitmill would be called with"
+    )
+    launch.set_defaults(action=_launch)
     export = commands.add_parser("export", help="write a finished transcoder in circuit-tracer's layout")
     export.add_argument("--train", type=Path, required=True, metavar="MANIFEST", help="manifest.json of stage train")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
@@ -189,21 +199,23 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     # torch comes in only here, so that --help and configuration errors answer at once
     from circuitmill import distributed
 
-    logs.configure(distributed.init().rank, verbose=arguments.verbose)
+    ranks = distributed.init(cfg.parallel.timeout_s if stage.name == "train" else None)
+    logs.configure(ranks.rank, verbose=arguments.verbose)
     try:
-        module = importlib.import_module(f"circuitmill.stages.{stage.name}")
-        unit = getattr(arguments, stage.unit) if stage.unit else None
-        if unit is None:
-            module.run(cfg, **inputs, out=arguments.out)
-        else:
-            if unit not in cfg.units():
-                raise ConfigError(
-                    f"one of the {len(cfg.units())} {stage.unit}s of this configuration",
-                    found=unit,
-                    where=f"--{stage.unit}",
-                    fix="known: " + (", ".join(cfg.units()[:8]) or "none"),
-                )
-            module.run_unit(cfg, **{str(stage.unit): unit}, **inputs, out=arguments.out)
+        with distributed.watched(ranks):
+            module = importlib.import_module(f"circuitmill.stages.{stage.name}")
+            unit = getattr(arguments, stage.unit) if stage.unit else None
+            if unit is None:
+                module.run(cfg, **inputs, out=arguments.out)
+            else:
+                if unit not in cfg.units():
+                    raise ConfigError(
+                        f"one of the {len(cfg.units())} {stage.unit}s of this configuration",
+                        found=unit,
+                        where=f"--{stage.unit}",
+                        fix="known: " + (", ".join(cfg.units()[:8]) or "none"),
+                    )
+                module.run_unit(cfg, **{str(stage.unit): unit}, **inputs, out=arguments.out)
     finally:
         distributed.shutdown()
 
@@ -221,6 +233,15 @@ def _config(arguments: argparse.Namespace) -> None:
         for home, data in run.plain[name].items():
             if only in (None, home):
                 print(freeze(data, f"{name} of run {run.name}" + (f", variant {home}" if home else "")))
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from circuitmill.launch import launch
+
+    ending = launch(arguments.ranked, per_node=arguments.per_node)
+    if ending.text:
+        print(f"circuitmill launch: {ending.text}", file=sys.stderr)
+    return ending.code
 
 
 def _export(arguments: argparse.Namespace) -> None:

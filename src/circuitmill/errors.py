@@ -48,6 +48,10 @@ class ClientError(CircuitmillError):
     """A service that a client talks to refused, timed out or answered something unusable."""
 
 
+class RankError(CircuitmillError):
+    """Another rank that works on the same stage failed, died or stands still, so that this one cannot go on."""
+
+
 class InterruptedRun(CircuitmillError):
     """A signal asked for a stop; a checkpoint was written and running the same command again continues."""
 

@@ -9,7 +9,8 @@ from tests.core.coders import gradients, options, small, tokens_for
 
 from circuitmill.config.train import NONLINEARITIES as CONFIGURED
 from circuitmill.config.train import TOP_K
-from circuitmill.core.nonlinearity import NONLINEARITIES, Settings, find_nonlinearity, jumprelu, largest, step
+from circuitmill.core.nonlinearity import NONLINEARITIES, Settings, find_nonlinearity, jumprelu, step
+from circuitmill.core.parts import largest
 from circuitmill.errors import ConfigError
 from circuitmill.training.objective import Moment, evaluate_batch, evaluation
 

@@ -87,7 +87,7 @@ def test_the_same_configuration_gives_the_same_rounding():
 
 def test_rounding_is_unbiased():
     values = torch.tensor([1.001, -3.14159, 2e-5], device=DEVICE)
-    generator = precision.generator_at(0, 0, DEVICE)
+    generator = precision.generator_at("0", 0, DEVICE)
     draws = torch.stack([precision.round_stochastically(values, generator) for _ in range(20_000)]).double()
     spread = draws.std(dim=0) / len(draws) ** 0.5
     assert ((draws.mean(dim=0) - values.double()).abs() < 5 * spread).all()
@@ -109,7 +109,7 @@ def test_bfloat16_holds_less_memory():
         state = beginning(cfg)
         for parameter in state.optimizer.parameters:
             parameter.grad = torch.ones_like(parameter)
-        state.optimizer.step(1e-3, norm=torch.ones((), device=DEVICE), number=0)
+        state.optimizer.step(1e-3, norm=1.0, number=0)
         held[bits] = torch.cuda.memory_allocated() - before
         del state
     # of a matrix 2 + 8 bytes per number in place of 4 + 8

@@ -24,6 +24,9 @@ from circuitmill.stores.tensors import read_tensors
 from circuitmill.training import loop
 from circuitmill.training.monitor import read_metrics
 
+STATE = "shard-00001-model-00001-of-00001.safetensors"
+"""Of a checkpoint of one rank."""
+
 
 @pytest.fixture(scope="module")
 def cfg() -> TrainConfig:
@@ -90,7 +93,7 @@ def test_the_folded_model_reads_and_writes_raw_activations(finished, cfg, cache)
     store = ActivationStore.open(load_manifest(cache, "cache"))
     rows = store.read("heldout", 0, 200)
     clt = load_clt(finished / "model")
-    saved = read_tensors(finished / "checkpoints" / "step-00000032" / "state.safetensors")
+    saved = read_tensors(finished / "checkpoints" / "step-00000032" / STATE)
     scale = store.normalization
     from circuitmill.core.transcoder import Transcoder
 
@@ -120,10 +123,10 @@ def test_a_stopped_training_continues_to_the_same_bits(finished, cfg, upstreams,
 def test_a_crash_between_checkpoints_continues_to_the_same_bits(finished, cfg, upstreams, tmp_path, monkeypatch):
     whole = loop._step
 
-    def fails(cfg, state, *rest):
+    def fails(cfg, state, *rest, **asked):
         if state.step == 21:
             raise OSError("the machine is gone")
-        return whole(cfg, state, *rest)
+        return whole(cfg, state, *rest, **asked)
 
     monkeypatch.setattr(loop, "_step", fails)
     with pytest.raises(OSError, match="the machine is gone"):
@@ -228,9 +231,9 @@ def test_a_damaged_checkpoint_is_named_and_stays(cfg, upstreams, tmp_path, monke
     monkeypatch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
     with pytest.raises(InterruptedRun):
         stage.run(cfg, **upstreams, out=tmp_path / "train")
-    damaged = tmp_path / "train" / "checkpoints" / "step-00000010" / "state.safetensors"
+    damaged = tmp_path / "train" / "checkpoints" / "step-00000010" / STATE
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(StoreError, match=r"step-00000010/state\.safetensors"):
+    with pytest.raises(StoreError, match=r"step-00000010/shard-00001"):
         stage.run(cfg, **upstreams, out=tmp_path / "train")
     assert damaged.exists()
 

@@ -16,13 +16,11 @@ from circuitmill.config.train import (
 )
 from circuitmill.core.codecs import StoredBatch, plain_batch
 from circuitmill.core.scaling import Scaling
-from circuitmill.distributed import Ranks
-from circuitmill.training import parallel
 from circuitmill.training.batches import Batches
 from circuitmill.training.loop import train
+from circuitmill.training.parallel.layout import Layout, alone
 from circuitmill.training.state import TrainState, start
 
-ONE = Ranks(rank=0, size=1, local_rank=0)
 N_LAYERS, D_MODEL = 2, 6
 
 TINY = TrainConfig(
@@ -94,14 +92,18 @@ def scaling() -> Scaling:
     return Scaling.by_layer(torch.full((N_LAYERS,), 1 / 3), torch.tensor([0.7, 0.4]), D_MODEL)
 
 
-def batches(cfg: TrainConfig, ranks: Ranks = ONE, source: Any = None, **options: Any) -> Batches:
-    source = source or Memory(cfg.batch_tokens, parallel.batch_slice(cfg.batch_tokens, ranks))
-    return Batches(source, scaling(), device=torch.device("cpu"), **options)
+ONE = alone(TINY.n_features)
 
 
-def beginning(cfg: TrainConfig, data: Batches, ranks: Ranks = ONE) -> TrainState:
+def batches(cfg: TrainConfig, layout: Layout = ONE, source: Any = None, **options: Any) -> Batches:
+    source = source or Memory(cfg.batch_tokens, layout.rows(cfg.batch_tokens))
+    return Batches(source, scaling(), device=torch.device("cpu"), together=layout.features, **options)
+
+
+def beginning(cfg: TrainConfig, data: Batches, layout: Layout | None = None) -> TrainState:
     """As stage train does: from all rows of the first batch."""
-    return start(cfg, *(parallel.gather_rows(side, ranks) for side in data.get(0)))
+    layout = layout or alone(cfg.n_features)
+    return start(cfg, *(layout.data.gather_rows(side) for side in data.get(0)), layout)
 
 
 def run(
@@ -110,9 +112,10 @@ def run(
     """Train in memory; returns the state and the rows of metrics."""
     rows: list = []
     with data or batches(cfg, source=source) as data:
-        state = state or beginning(cfg, data, hooks.get("ranks", ONE))
+        layout = hooks.get("layout", alone(cfg.n_features))
+        state = state or beginning(cfg, data, layout)
         defaults = {
-            "ranks": ONE,
+            "layout": layout,
             "log": rows.append,
             "checkpoint": lambda state: None,
             "advance": lambda tokens: None,

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.helpers import ONE, batches, beginning, fresh, run, tiny
+from tests.training.helpers import batches, beginning, fresh, run, tiny
 
 from circuitmill.config.train import TrainConfig
 from circuitmill.training.loop import Ended, train
+from circuitmill.training.parallel.layout import alone
 from circuitmill.training.state import TrainState
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,13 @@ def run_to_end(cfg: TrainConfig, state: TrainState | None = None, **hooks: Any) 
         state = state or beginning(cfg, data)
         defaults = {"log": rows.append, "checkpoint": lambda state, l0=None: None}
         ended = train(
-            cfg, state, data, ranks=ONE, advance=lambda tokens: None, stop=lambda: False, **(defaults | hooks)
+            cfg,
+            state,
+            data,
+            layout=alone(cfg.n_features),
+            advance=lambda tokens: None,
+            stop=lambda: False,
+            **(defaults | hooks),
         )
     return state, rows, ended
 

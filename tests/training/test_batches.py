@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 
 import pytest
@@ -7,7 +8,8 @@ from tests.training.helpers import D_MODEL, N_LAYERS, Memory, batches, scaling, 
 from circuitmill.core.codecs import Channels, Encoded, StoredBatch, make_codec, plain_batch
 from circuitmill.distributed import Ranks
 from circuitmill.errors import ConfigError, ShapeError
-from circuitmill.training import parallel
+from circuitmill.training.parallel.collectives import Group
+from circuitmill.training.parallel.layout import alone
 
 
 def test_batches_are_scaled_and_read_one_ahead():
@@ -48,11 +50,16 @@ def test_one_thread_reads_and_no_other_touches_the_source():
     assert len(threads) == 1 and next(iter(threads)).startswith("batches")
 
 
+def place(rank, size):
+    """A rank that has all features, before any group is made."""
+    return dataclasses.replace(alone(tiny().n_features), ranks=Ranks(rank, size, rank))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_share_a_batch(size):
     parts = []
     for rank in range(size):
-        with batches(tiny(), Ranks(rank, size, rank)) as data:
+        with batches(tiny(), place(rank, size)) as data:
             parts.append(data.get(2))
     with batches(tiny()) as data:
         for side, whole in zip(zip(*parts, strict=True), data.get(2), strict=True):
@@ -63,12 +70,12 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(
         ConfigError, match=r"multiple of the number of ranks \(3\); found 32\n  where: train.batch_tokens"
     ):
-        parallel.batch_slice(32, Ranks(0, 3, 0))
+        place(0, 3).rows(32)
 
 
 def test_one_rank_gathers_its_own_rows():
     rows = torch.arange(6).reshape(3, 2)
-    assert parallel.gather_rows(rows, Ranks(0, 1, 0)) is rows
+    assert Group().gather_rows(rows) is rows
 
 
 class Stored(Memory):

@@ -10,7 +10,7 @@ from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.train import NonlinearityConfig, TermConfig
 from circuitmill.core.nonlinearity import NONLINEARITIES, Settings
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.training.heldout import HeldOut, between_models, finished, log10_histogram, usage_entropy
+from circuitmill.training.heldout import HeldOut, between_models, finished, log10_histogram, relations, usage_entropy
 from circuitmill.training.monitor import MetricsFile, read_metrics
 from circuitmill.training.state import make_state
 
@@ -152,7 +152,7 @@ def test_a_crosscoder_compares_models():
         block[2, :, 2] = 1.0  # the same
         block[3, 0, 0], block[3, 2, 0] = 1.0, -1.0  # opposite
         block[4, 0, 0], block[4, 1, 0], block[4, 2, 0] = 4.0, 3.0, 1.0  # r = 1/6, cosine .8
-    row = between_models(coder)
+    row = between_models(*relations(coder))
     relative, cosine = row["relative_norm_histogram"], row["cosine_histogram"]
     assert relative["names"] == ["model 1"]
     (counts,) = relative["counts"]
@@ -174,7 +174,7 @@ def test_tied_decoders_are_shared_and_every_further_model_has_its_bars():
     coder = crosscoder(n_layers=3, models=3, shared=6)
     with torch.no_grad():
         coder.decoder.W_shared.normal_(generator=torch.Generator().manual_seed(1))
-    row = between_models(coder)
+    row = between_models(*relations(coder))
     assert row["relative_norm_histogram"]["names"] == ["model 1", "model 2"]
     assert [counts[10] for counts in row["relative_norm_histogram"]["counts"]] == [6, 6]
     assert row["cosine_histogram"]["counts"][0][-1] == 12 and sum(row["cosine_histogram"]["counts"][1]) == 0

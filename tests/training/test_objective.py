@@ -118,7 +118,7 @@ class Whole:
     def __init__(self, share=1.0):
         self.share, self.asked = share, []
 
-    def terms(self, transcoder, encode, names):
+    def terms(self, transcoder, encode, names, parts):
         self.asked.append(list(names))
         x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         written = transcoder.decode_layer(0, encode(0, x).dense())
@@ -134,7 +134,7 @@ def test_end_to_end_terms_come_from_the_whole_sequences(clt, pair):
     result = objective.evaluate_batch(clt, *pair, cfg, at(0.5), whole)
     plain = objective.evaluate_batch(clt, *pair, end_to_end(), at(0.5))
     encode = objective.encoder(clt, cfg, at(0.5))
-    expected = whole.terms(clt, encode, [])
+    expected = whole.terms(clt, encode, [], None)
     assert whole.asked[0] == ["cross_entropy", "kl"]
     assert list(result.terms) == ["reconstruction", "cross_entropy", "other"]
     assert result.terms["other"].item() == pytest.approx(expected["kl"].item())
@@ -160,7 +160,7 @@ def test_balance_makes_both_pull_equally(clt, pair):
     fit, kl = (found.terms[name].item() for name in ("reconstruction", "kl"))
     assert found.loss.item() == pytest.approx((2 + 3) * fit)
     plain = objective.evaluate_batch(clt, *pair, end_to_end(), at(0.5), Whole(share=0.8)).loss
-    only = Whole().terms(clt, objective.encoder(clt, cfg, at(0.5)), [])["kl"]
+    only = Whole().terms(clt, objective.encoder(clt, cfg, at(0.5)), [], None)["kl"]
     expected = gradients(clt, plain + 3 * fit / kl * only)
     for one, other in zip(gradients(clt, found.loss), expected, strict=True):
         torch.testing.assert_close(one, other)

@@ -1,3 +1,4 @@
+import math
 import sys
 
 import pytest
@@ -36,7 +37,7 @@ def steps_by(state, seed=0, steps=3, lr=1e-2):
     for number in range(steps):
         for parameter in state.optimizer.parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        state.optimizer.step(lr, norm=torch.ones(()), number=number)
+        state.optimizer.step(lr, norm=1.0, number=number)
 
 
 def test_adam_and_adamw_are_torchs():
@@ -92,7 +93,7 @@ def test_muon_orthogonalises_each_source_and_layer_by_itself():
     for parameter, name in state.optimizer.names.items():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
         gradients[name] = parameter.grad.clone()
-    state.optimizer.step(0.1, norm=torch.ones(()), number=0)
+    state.optimizer.step(0.1, norm=1.0, number=0)
     for name, matrices in (("W_enc", 2), ("decoder.W_dec.0", 2), ("decoder.W_dec.1", 1)):
         axis = 0 if name == "W_enc" else 1
         moved = state.transcoder.get_parameter(name) - start.get_parameter(name)
@@ -177,7 +178,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
     steps_by(state)
     before = {key: value.clone() for key, value in state.tensors().items()}
     with pytest.raises(DivergedError, match="a finite gradient norm; found inf at step 3"):
-        state.optimizer.step(1e-2, norm=torch.tensor(torch.inf), number=3)
+        state.optimizer.step(1e-2, norm=math.inf, number=3)
     assert all(torch.equal(value, before[key]) for key, value in state.tensors().items())
 
 

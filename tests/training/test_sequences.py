@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.helpers import ONE, run, tiny
+from tests.training.helpers import run, tiny
 
 from circuitmill.config.model import ModelConfig
 from circuitmill.config.train import NonlinearityConfig, TermConfig
 from circuitmill.core.scaling import Scaling
-from circuitmill.distributed import Ranks
 from circuitmill.errors import ConfigError
 from circuitmill.lm.end_to_end import EndToEnd
 from circuitmill.lm.load import load_language_model
 from circuitmill.training.objective import Moment, evaluate_batch
+from circuitmill.training.parallel.collectives import Group
 from circuitmill.training.sequences import SequenceBatch, SequenceBatches, parts_of
 from circuitmill.training.state import start
 
@@ -47,7 +47,7 @@ def model(tiny_model_dir: Path):
 
 
 def rank(number, size):
-    return Ranks(rank=number, size=size, local_rank=number)
+    return Group(number, size)
 
 
 def moment_of(state, tokens=10_000):
@@ -55,7 +55,7 @@ def moment_of(state, tokens=10_000):
 
 
 def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(sequences, model):
-    batches = SequenceBatches(sequences, model, CFG, ONE)
+    batches = SequenceBatches(sequences, model, CFG, Group())
     assert batches.n_batches_per_epoch == 5
     epochs = [torch.cat([batches.get(5 * epoch + index).tokens for index in range(5)]) for epoch in range(2)]
     for seen in epochs:
@@ -66,17 +66,17 @@ def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(sequences, m
 
 
 def test_a_batch_is_a_function_of_seed_and_index(sequences, model):
-    batches = SequenceBatches(sequences, model, CFG, ONE)
+    batches = SequenceBatches(sequences, model, CFG, Group())
     found = [batches.get(index).tokens for index in (7, 2, 7)]
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
-    with SequenceBatches(sequences, model, CFG, ONE) as again:
+    with SequenceBatches(sequences, model, CFG, Group()) as again:
         assert torch.equal(again.get(7).tokens, found[0])
-    other = SequenceBatches(sequences, model, dataclasses.replace(CFG, seed=1), ONE)
+    other = SequenceBatches(sequences, model, dataclasses.replace(CFG, seed=1), Group())
     assert not torch.equal(other.get(7).tokens, found[0])
 
 
 def test_ranks_share_a_batch_and_begin_alike(sequences, model):
-    whole = SequenceBatches(sequences, model, CFG, ONE)
+    whole = SequenceBatches(sequences, model, CFG, Group())
     ranks = [SequenceBatches(sequences, model, CFG, rank(number, 2)) for number in range(2)]
     for index in (0, 6):
         assert torch.equal(torch.cat([part.get(index).tokens for part in ranks]), whole.get(index).tokens)
@@ -100,8 +100,8 @@ def losses_and_gradients(state, batch, parts):
 
 @pytest.mark.parametrize(("n_ranks", "parts"), [(1, 1), (1, 4), (2, 1), (4, 1), (2, 2)])
 def test_parts_and_ranks_give_the_numbers_of_the_whole_batch(sequences, model, n_ranks, parts):
-    state = start(CFG, *SequenceBatches(sequences, model, CFG, ONE).beginning())
-    batch = SequenceBatches(sequences, model, CFG, ONE).get(1)
+    state = start(CFG, *SequenceBatches(sequences, model, CFG, Group()).beginning())
+    batch = SequenceBatches(sequences, model, CFG, Group()).get(1)
     counts = (batch.tokens != BOS).sum(dim=1)
     assert len(set(counts.tolist())) > 1, "a plain mean over parts must be wrong"
     expected = losses_and_gradients(state, batch, 1)
@@ -115,7 +115,7 @@ def test_parts_and_ranks_give_the_numbers_of_the_whole_batch(sequences, model, n
 
 def test_unweighted_parts_would_not(sequences, model):
     """What the shares are for: without them a term is off by more than the tolerance above."""
-    batch = SequenceBatches(sequences, model, CFG, ONE).get(1)
+    batch = SequenceBatches(sequences, model, CFG, Group()).get(1)
     state = start(CFG, batch.x, batch.y)
     plain = []
     for x, y, whole in parts_of(batch, 4):
@@ -147,7 +147,7 @@ def test_batches_of_sequences_that_do_not_come_out_even(sequences, model, batch_
     with pytest.raises(ConfigError, match=message + r"\n  where: train.batch_tokens"):
         SequenceBatches(sequences, model, cfg, rank(0, size))
     with pytest.raises(ConfigError, match=r"a divisor of the 4 sequences.*found 3\n.*train.optimizer.micro_batches"):
-        list(SequenceBatches(sequences, model, CFG, ONE).get(0).parts(3))
+        list(SequenceBatches(sequences, model, CFG, Group()).get(0).parts(3))
 
 
 def trained(state, batches, cfg, steps):
@@ -167,7 +167,7 @@ def trained(state, batches, cfg, steps):
 def test_thirty_steps_lower_the_kl(sequences, model, balance):
     cfg = dataclasses.replace(CFG, loss={"reconstruction": TermConfig(1.0), "kl": TermConfig(1.0, balance=balance)})
     cfg = dataclasses.replace(cfg, batch_tokens=16 * CONTEXT, pool_tokens=16 * CONTEXT)
-    batches = SequenceBatches(sequences, model, cfg, ONE)
+    batches = SequenceBatches(sequences, model, cfg, Group())
     state = start(cfg, *batches.beginning())
     assert isinstance(batches.get(0), SequenceBatch)
     found = trained(state, batches, cfg, 30)
@@ -179,7 +179,7 @@ def test_the_loop_trains_on_sequences_in_whole_or_in_parts(sequences, model):
     ends = []
     for parts in (1, 4):
         own = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, micro_batches=parts))
-        batches = SequenceBatches(sequences, model, own, ONE)
+        batches = SequenceBatches(sequences, model, own, Group())
         ends.append(run(own, start(own, *batches.beginning()), data=batches))
     (whole, rows), (split, others) = ends
     assert rows[-1]["loss_kl"] < 0.6 * rows[0]["loss_kl"]

@@ -55,17 +55,6 @@ def finished_workflow(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     shutil.copy(REPOSITORY / "Snakefile", folder)
     shutil.copy(Path(__file__).with_name("fake_cli.py"), folder / "src" / "circuitmill" / "cli.py")
-    # the real torchrun would spend seconds on importing torch
-    bin_folder = folder / "bin"
-    bin_folder.mkdir()
-    (bin_folder / "torchrun").write_text(
-        f'#!/bin/sh\nwhile [ "$1" != -m ]; do shift; done\nexec {sys.executable} "$@"\n'
-    )
-    (bin_folder / "torchrun").chmod(0o755)
-    common = folder / "workflow" / "rules" / "common.smk"
-    text = common.read_text()
-    assert "export PATH=" in text
-    common.write_text(text.replace("export PATH=", f"export PATH={bin_folder}:"))
     workflow = Workflow(folder)
     workflow.snakemake("all")
     return workflow

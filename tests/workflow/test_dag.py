@@ -50,6 +50,20 @@ def test_every_stage_gets_its_upstream_manifests(finished_workflow: Workflow):
                 assert given.parts[-2:] == (upstream, "manifest.json")
 
 
+def test_training_is_launched_with_a_process_per_gpu(finished_workflow: Workflow):
+    """And on several nodes of a Slurm job by a step of its own; on how many is no reason to train again."""
+    folder = finished_workflow.folder / "results/demo/main/train"
+    assert json.loads((folder / "launch.json").read_text()) == ["launch", "--per-node", "1"]
+    again = ["-n", "-p", "--forcerun", "run_train", "--config", "run=demo", "--set-resources"]
+    text = finished_workflow.snakemake("train", *again, "run_train:gpu=2", "--resources", "gpu=2")
+    assert re.search(r"command:\s+python -m circuitmill launch --per-node 2 train --config", text)
+    nodes = ["run_train:nodes=2", "run_train:gres=gpu:4", "run_train:cpus_per_task=8"]
+    text = finished_workflow.snakemake("train", *again, *nodes)
+    step = "srun -N 2 -n 2 --cpus-per-task=8 --gres=gpu:4 "
+    assert f"{step}python -m circuitmill launch --per-node 4 train --config" in text
+    assert finished_workflow.planned("all", "--set-resources", *nodes) == {}
+
+
 def test_a_change_of_train_reruns_train_and_what_follows_and_nothing_before(workflow: Workflow):
     assert workflow.planned("--config", "set=train.seed=12345") == AFTER_CACHE
 
@@ -89,7 +103,7 @@ def test_a_raised_revision_reruns_its_stage_and_what_follows(workflow: Workflow)
 
 def test_rewording_a_rule_reruns_nothing(workflow: Workflow):
     rule = workflow.folder / "workflow/rules/train.smk"
-    rule.write_text(rule.read_text().replace("torchrun --standalone", "torchrun  --standalone"))
+    rule.write_text(rule.read_text().replace("python -m", "python  -m"))
     assert workflow.planned() == {}
 
 

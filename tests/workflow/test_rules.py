@@ -26,7 +26,7 @@ def test_rule_is_documented_logged_and_measured(file: str, name: str, body: str)
     if name != "configure":
         assert "manifest=" in body and "revision=" in body and "config=frozen(" in body
         assert re.search(r"^    conda:", body, re.MULTILINE)
-        assert re.search(r'shell:\n\s+"(python|torchrun)', body)
+        assert re.search(r'shell:\n\s+"(\{params\.srun\} )?python -m circuitmill ', body)
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
@@ -52,6 +52,6 @@ def test_snakefile_is_a_table_of_contents():
     assert includes == ["common", "configure", *(stage.name for stage in STAGES)]
 
 
-def test_train_always_goes_through_torchrun():
+def test_train_always_goes_through_the_launcher():
     body = next(body for _, name, body in RULES if name == "run_train")
-    assert '"torchrun --standalone' in body
+    assert '"{params.srun} python -m circuitmill launch --per-node {params.ranks} train' in body

@@ -5,9 +5,11 @@ Inputs:  results/<run>/<variant>/config/train.yaml, the manifests of tokenize, c
 Outputs: results/<run>/<variant>/train/manifest.json; beside it model/, metrics.jsonl, checkpoints/
 """
 
+from circuitmill.launch import ranks_per_node, srun
+
 
 rule run_train:
-    """Train, always through torchrun: one process per GPU, or one on the CPU where there is none."""
+    """Train, always through the launcher: a process per GPU, or one on the CPU; on one node or, in Slurm, several."""
     input:
         config=frozen("train"),
         toyworld=upstream("toyworld"),
@@ -30,8 +32,9 @@ rule run_train:
     params:
         revision=stage("train").revision,
         out=beside,
-        ranks=lambda wildcards, resources: max(1, resources.gpu),
+        ranks=lambda wildcards, resources: ranks_per_node(resources),
+        srun=lambda wildcards, resources: srun(resources),
     shell:
-        "torchrun --standalone --nproc-per-node {params.ranks} -m circuitmill train --config {input.config}"
+        "{params.srun} python -m circuitmill launch --per-node {params.ranks} train --config {input.config}"
         " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --base {input.base}"
         " --out {params.out} 2>&1 | tee {log} >&2"

@@ -1,10 +1,11 @@
 """Options of stage `train`: the transcoder, its losses and its optimisation. Budgets are in tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.names import is_import_path, require_known
+from circuitmill.config.parallel import ParallelConfig
 from circuitmill.errors import ConfigError
 
 NONLINEARITIES = ("relu", "jumprelu", "topk", "token_topk", "batch_topk", "batch_topk_all", "groupmax")
@@ -29,6 +30,8 @@ TERMS: dict[str, tuple[str, ...]] = {
 """Names in `circuitmill.core.losses`, with the options that each takes."""
 END_TO_END = ("cross_entropy", "kl")
 """Terms that need the language model."""
+RESOURCES = {"identity": False}
+"""Marks an option that says with what a result is computed, not which one."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,8 @@ class TrainConfig:
     """Start from the transcoder of this variant, or of `run/variant`, instead of starting values."""
     adapter_rank: int = 0
     """With base: train only a low-rank change of its decoders; 0 trains all."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=RESOURCES)
+    """How ranks share the work; another choice goes on where this one was."""
 
     def __post_init__(self) -> None:
         self._check_numbers()

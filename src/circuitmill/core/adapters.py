@@ -72,6 +72,11 @@ class Adapted(Decoder):
         positive = square > 0
         return torch.where(positive, square, 1.0).sqrt() * positive
 
+    def feature_axes(self) -> dict[str, int | None]:
+        """Of both."""
+        both = {"base": self.base, "change": self.change}
+        return {f"{part}.{name}": axis for part, one in both.items() for name, axis in one.feature_axes().items()}
+
     def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
         """Both."""
         self.base = self.base.divide_outputs(factor)

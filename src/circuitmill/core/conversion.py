@@ -16,6 +16,8 @@ than it has large values for. So nothing is forgotten that may still be one of t
 unless an upper bound of N is given.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,8 +48,8 @@ class ThresholdCalibration:
         """Take in one batch.
 
         Args:
-            pre: Pre-activations, by source.
-            kept: How many places the top-k kind keeps of each.
+            pre: Pre-activations, by source; of the features that are here.
+            kept: How many places the top-k kind keeps of each, over all processes.
 
         Raises:
             ShapeError: another number of sources, or more is kept than the upper bound says.
@@ -79,15 +81,20 @@ class ThresholdCalibration:
         if sum(map(len, remembered)) > 2 * (most + 1):
             self._positive[source] = [torch.cat(remembered).topk(most + 1).values]
 
-    def thresholds(self) -> Float[Tensor, " source"]:
+    def thresholds(self, gather: Callable[[Tensor], Tensor] = lambda values: values[None]) -> Float[Tensor, " source"]:
         """One threshold per source, between the last place that is to fire and the next.
+
+        Args:
+            gather: From the largest values here to those of all processes that share features, a row for each.
 
         Raises:
             DivergedError: a source has nothing that fires.
         """
         found = []
         for source, (parts, wanted) in enumerate(zip(self._positive, self._wanted, strict=True)):
-            n_positive = sum(map(len, parts))
+            values = torch.cat([*parts, parts[0].new_zeros(wanted + 1)])
+            values = gather(values.topk(wanted + 1).values).flatten().topk(wanted + 1).values
+            n_positive = int((values > 0).sum())
             if not 0 < wanted <= n_positive:
                 raise DivergedError(
                     "features that fire on held-out tokens",
@@ -95,9 +102,8 @@ class ThresholdCalibration:
                     where=f"source {source} of the transcoder",
                     fix="train longer, or with a larger train.nonlinearity.k",
                 )
-            values = torch.cat([*parts, parts[0].new_zeros(1)])
             # the middle, so that rounding the logarithm of the threshold moves neither across it
-            found.append(values.topk(wanted + 1).values[-2:].double().mean())
+            found.append(values[-2:].double().mean())
         return torch.stack(found)
 
     def l0(self) -> Float[Tensor, " source"]:

@@ -14,8 +14,7 @@ number per pair and feature. All parameters are zero (scales one) until an initi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from einops import einsum, rearrange
@@ -32,6 +31,9 @@ ALL = slice(None)
 
 class Decoder(nn.Module, ABC):
     """What the forms have in common."""
+
+    _FEATURE_AXES: ClassVar[dict[str, int]] = {}
+    _INDIVISIBLE: ClassVar[str] = ""
 
     def __init__(self, topology: Topology, n_features: int, d_model: int) -> None:
         super().__init__()
@@ -64,6 +66,21 @@ class Decoder(nn.Module, ABC):
         """Length of each feature's decoder vector, by target."""
         return torch.linalg.vector_norm(self.block(source), dim=2)
 
+    def feature_axes(self) -> dict[str, int | None]:
+        """Axis along which each parameter lists the features of a source; None for one that all features share.
+
+        Raises:
+            ShapeError: features cannot be divided among processes by stretches.
+        """
+        if self._INDIVISIBLE:
+            raise ShapeError(
+                "features of which each has a row in every parameter",
+                found=self._INDIVISIBLE,
+                where="architecture",
+                fix="share the batch instead of the features (strategy ddp or fsdp)",
+            )
+        return {name: self._FEATURE_AXES.get(name.partition(".")[0]) for name, _ in self.named_parameters()}
+
     @abstractmethod
     def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> "Decoder":
         """Divide what is written to each layer by these factors, in place.
@@ -75,6 +92,8 @@ class Decoder(nn.Module, ABC):
 
 class Untied(Decoder):
     """A tensor [feature target d_model] per source, so that a source and all its targets are one matrix product."""
+
+    _FEATURE_AXES: ClassVar[dict[str, int]] = {"W_dec": 0}
 
     def __init__(self, topology: Topology, n_features: int, d_model: int, shared: int = 0) -> None:
         super().__init__(topology, n_features, d_model)
@@ -97,6 +116,8 @@ class Untied(Decoder):
 class SharedOverModels(Untied):
     """A crosscoder's first features have one decoder for all models ("Circuits Updates, February 2025")."""
 
+    _INDIVISIBLE = "decoders that models share"
+
     def __init__(self, topology: Topology, n_features: int, d_model: int, *, models: int, shared: int) -> None:
         super().__init__(topology, n_features, d_model, shared)
         self.models = models
@@ -116,6 +137,8 @@ class SharedOverModels(Untied):
 
 class _Paired(Decoder):
     """A factor and an offset per pair and feature, if asked for."""
+
+    _FEATURE_AXES: ClassVar[dict[str, int]] = {"W_dec": 1, "pair_scale": 1, "pair_offset": 1}
 
     def __init__(self, topology: Topology, n_features: int, d_model: int, *, scale: bool, offset: bool) -> None:
         super().__init__(topology, n_features, d_model)
@@ -239,6 +262,8 @@ class SourceTied(_Paired):
 class LowRank(Decoder):
     """Decoders that go through a few numbers: W_dec^{s->m} = Q^s P^{s,m}."""
 
+    _FEATURE_AXES: ClassVar[dict[str, int]] = {"Q": 1}
+
     def __init__(self, topology: Topology, n_features: int, d_model: int, *, rank: int) -> None:
         super().__init__(topology, n_features, d_model)
         self.Q = nn.Parameter(torch.zeros(topology.n_sources, n_features, rank))
@@ -281,6 +306,8 @@ class Mixture(Decoder):
 
     Transforms of one rank stand together, largest rank first; ranks r_0 > r_1 > ... have n, 2n, 4n ... transforms.
     """
+
+    _INDIVISIBLE = "transforms of several ranks"
 
     def __init__(self, topology: Topology, n_features: int, d_model: int, *, ranks: tuple[int, ...]) -> None:
         super().__init__(topology, n_features, d_model)
@@ -371,12 +398,3 @@ def make_decoder(form: ArchitectureConfig, topology: Topology, n_features: int, 
         return LowRank(*sizes, rank=form.rank)
     tied = TargetTied if form.decoder == "target" else SourceTied
     return tied(*sizes, scale=form.pair_scale, offset=form.pair_offset)
-
-
-def spans_of(prefixes: Sequence[int], n_features: int) -> list[slice]:
-    """Stretches between Matryoshka prefixes; one stretch if there are none.
-
-    >>> spans_of((2, 5), 5)
-    [slice(0, 2, None), slice(2, 5, None)]
-    """
-    return [slice(low, high) for low, high in pairwise([0, *(prefixes or (n_features,))])]

@@ -2,28 +2,57 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitmill.core.decoders import LowRank, Mixture, Untied
+from circuitmill.core.decoders import LowRank, Mixture, SharedOverModels, Untied
+from circuitmill.core.parts import Shard
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError
 
 
-def _fill(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
-    parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+@dataclass(frozen=True)
+class _Draws:
+    """Random numbers for all features, of which those of a shard are used: so that a shard starts as in the whole."""
+
+    generator: torch.Generator
+    shard: Shard
+
+    def fill(self, parameter: Tensor, bound: float, axis: int | None = None) -> None:
+        """Set a parameter to U(+-bound).
+
+        Args:
+            parameter: To be filled.
+            bound: Largest magnitude.
+            axis: Along which it lists features; None if it does not, or if all of them are here.
+        """
+        if axis is None or parameter.shape[axis] == self.shard.total:
+            self._fill(parameter, bound, slice(0, None), parameter.shape)
+            return
+        # a matrix at a time, so that no more than that of the whole is in memory
+        for part in [parameter] if axis == 0 else parameter:
+            rows = slice(self.shard.first, self.shard.last)
+            self._fill(part, bound, rows, torch.Size((self.shard.total, *part.shape[1:])))
+
+    def _fill(self, part: Tensor, bound: float, rows: slice, whole: torch.Size) -> None:
+        part.copy_((torch.rand(whole, generator=self.generator)[rows] * 2 - 1) * bound)
 
 
-def _uniform_decoder(transcoder: Transcoder, bound: float, generator: torch.Generator) -> None:
+def _shard(transcoder: Transcoder, shard: Shard | None) -> Shard:
+    return shard or Shard(0, transcoder.n_features, transcoder.n_features)
+
+
+def _uniform_decoder(transcoder: Transcoder, bound: float, draws: _Draws) -> None:
     """Decoder vectors with about the spread of U(+-bound), whatever their form."""
     decoder = transcoder.decoder
     if isinstance(decoder, LowRank):
         # a product of two uniforms summed over the rank has the variance of U(+-bound)
         inner = bound * math.sqrt(3 / decoder.Q.shape[2])
-        _fill(decoder.Q, 1.0, generator)
-        _fill(decoder.P, inner, generator)
+        draws.fill(decoder.Q, 1.0, axis=1)
+        draws.fill(decoder.P, inner)
         return
     if isinstance(decoder, Mixture):
         row = 0
@@ -31,11 +60,12 @@ def _uniform_decoder(transcoder: Transcoder, bound: float, generator: torch.Gene
             rows = slice(row, row + count * rank)
             # Xavier: both halves keep the variance of what goes through them
             for side in (decoder.U, decoder.V):
-                _fill(side[:, rows], math.sqrt(6 / (rank + transcoder.d_model)), generator)
+                draws.fill(side[:, rows], math.sqrt(6 / (rank + transcoder.d_model)))
             row = rows.stop
         return
+    axis = 0 if isinstance(decoder, Untied) else 1
     for block in _vectors(transcoder):
-        _fill(block, bound, generator)
+        draws.fill(block, bound, None if isinstance(decoder, SharedOverModels) else axis)
 
 
 def _vectors(transcoder: Transcoder) -> list[nn.Parameter]:
@@ -48,25 +78,28 @@ def _exclusive_blocks(transcoder: Transcoder) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def uniform(transcoder: Transcoder, *, generator: torch.Generator) -> None:
+def uniform(transcoder: Transcoder, *, generator: torch.Generator, shard: Shard | None = None) -> None:
     """The circuit-tracing start: W_enc ~ U(+-1/sqrt(n_features)), W_dec ~ U(+-1/sqrt(n_layers d_model)).
 
     Args:
+        transcoder: To be filled.
         generator: On the CPU, so that the start is the same on every device.
+        shard: Its features among all; None if these are all.
     """
-    _fill(transcoder.W_enc, 1 / math.sqrt(transcoder.n_features), generator)
-    _uniform_decoder(transcoder, 1 / math.sqrt(transcoder.n_layers * transcoder.d_model), generator)
+    draws = _Draws(generator, _shard(transcoder, shard))
+    draws.fill(transcoder.W_enc, 1 / math.sqrt(draws.shard.total), axis=1)
+    _uniform_decoder(transcoder, 1 / math.sqrt(transcoder.n_layers * transcoder.d_model), draws)
 
 
 @torch.no_grad()
-def transpose(transcoder: Transcoder, *, generator: torch.Generator) -> None:
+def transpose(transcoder: Transcoder, *, generator: torch.Generator, shard: Shard | None = None) -> None:
     """As `uniform`, with the encoder the transpose of the decoder block of the layer it reads."""
-    uniform(transcoder, generator=generator)
+    uniform(transcoder, generator=generator, shard=shard)
     _transpose(transcoder, 1.0)
 
 
 @torch.no_grad()
-def january_2025(transcoder: Transcoder, *, generator: torch.Generator) -> None:
+def january_2025(transcoder: Transcoder, *, generator: torch.Generator, shard: Shard | None = None) -> None:
     """W_dec ~ U(+-1/sqrt(d_model)), W_enc = (d_model / n_features) W_dec^T ("Circuits Updates, January 2025").
 
     Defined there for one layer; a cross-layer transcoder takes the block of its own layer for the transpose, and the
@@ -74,8 +107,9 @@ def january_2025(transcoder: Transcoder, *, generator: torch.Generator) -> None:
     crosscoder's, all of whose layers are its own.
     """
     bound = 1 / math.sqrt(transcoder.d_model)
-    _uniform_decoder(transcoder, bound, generator)
-    _transpose(transcoder, transcoder.d_model / transcoder.n_features)
+    draws = _Draws(generator, _shard(transcoder, shard))
+    _uniform_decoder(transcoder, bound, draws)
+    _transpose(transcoder, transcoder.d_model / draws.shard.total)
     topology, decoder = transcoder.topology, transcoder.decoder
     if not topology.reads_one:
         return

@@ -15,6 +15,9 @@ coefficients and their ramps are the caller's.
 | auxiliary | (e - ehat_dead)^2 | Gao et al. 2024, section 2.4 |
 
 n_i is what a feature writes (`Transcoder.decoder_norms`).
+
+Where other processes have other features (`core.parts`), the terms in `PARTIAL` are of the features here, and the term
+is the sum over processes; all others are the same everywhere.
 """
 
 from collections.abc import Callable
@@ -30,6 +33,7 @@ from circuitmill.config.train import TermConfig
 from circuitmill.core.imports import function_at
 from circuitmill.core.nonlinearity import Settings, step
 from circuitmill.core.operand import Operand
+from circuitmill.core.parts import Parts
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.kernels import sparse
 
@@ -54,6 +58,13 @@ class Evaluation:
     """Features without a firing for long."""
     density: Float[Tensor, "source feature"]
     """Running share of tokens on which each feature fires."""
+    n_dead: int | None = None
+    """Their number, those of other processes included; None if there are no others."""
+
+    @property
+    def parts(self) -> Parts:
+        """Where the other features are."""
+        return self.settings.parts
 
     @property
     def n_tokens(self) -> int:
@@ -127,9 +138,8 @@ def quadratic_l0(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
 
     The gradient is the threshold's straight-through estimate.
     """
-    target = term.target or 1.0
-    losses = [(_steps(batch, source).sum(dim=1) / target - 1).square().sum() for source in range(len(batch.pre))]
-    return torch.stack(losses).sum() / batch.n_tokens
+    steps = torch.stack([_steps(batch, source).sum(dim=1) for source in range(len(batch.pre))])
+    return (batch.parts.total(steps) / (term.target or 1.0) - 1).square().sum() / batch.n_tokens
 
 
 def frequency(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
@@ -167,17 +177,19 @@ def auxiliary(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
     It is weighted down while fewer than k per source are dead, and not divided by the batch's error, which would make
     it depend on how a batch is split.
     """
-    k, n_dead = term.k or 1, int(batch.dead.sum())
+    k = term.k or 1
+    n_dead = int(batch.dead.sum()) if batch.n_dead is None else batch.n_dead
     if not n_dead:
         return batch.x.new_zeros(())
     coder = batch.transcoder
     error = (batch.y - batch.y_hats[-1]).detach()
     explained = torch.zeros_like(error)
     for source, pre in enumerate(batch.pre):
-        a = sparse.strongest(pre, k, batch.dead[source])
+        a = sparse.strongest(pre, k, batch.dead[source], batch.parts)
         written = coder.decoder.written(source, a, batch.x[:, source])
         explained = explained.index_add(1, _targets(coder, source, error.device), written.to(error.dtype))
-    return min(1.0, n_dead / (k * coder.n_sources)) * squared_error(error, explained)
+    weight = min(1.0, n_dead / (k * coder.n_sources))
+    return weight * squared_error(error, batch.parts.total(explained))
 
 
 def _targets(coder: Transcoder, source: int, device: torch.device) -> Tensor:
@@ -194,6 +206,10 @@ TERMS: dict[str, Term] = {
     "auxiliary": auxiliary,
 }
 """Name -> function. A new one is a function of type `Term`, a row here, and its options in `config.train.TERMS`."""
+
+
+PARTIAL = frozenset({"tanh_sparsity", "l1", "frequency", "pre_activation"})
+"""Sums over features."""
 
 
 def find_term(name: str) -> Term:

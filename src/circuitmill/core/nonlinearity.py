@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitmill.config.names import require_known
 from circuitmill.core.imports import function_at
+from circuitmill.core.parts import WHOLE, Parts
 
 Derivative = Literal["chain", "direct"]
 
@@ -126,6 +127,8 @@ class Settings:
     bandwidth: float = 1.0
     derivative: Derivative = "chain"
     pass_through: bool = False
+    parts: Parts = WHOLE
+    """Where the other features and tokens of a ranking are."""
 
 
 Function = Callable[
@@ -153,57 +156,42 @@ def _jumprelu(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
 
 
 def _topk(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
-    return _keep(pre, "token source feature -> (token source) feature", round(settings.k))
+    return _keep(pre, "token source feature -> (token source) feature", settings.k, settings.parts)
 
 
 def _token_topk(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
-    return _keep(pre, "token source feature -> token (source feature)", round(settings.k * pre.shape[1]))
+    return _keep(pre, "token source feature -> token (source feature)", settings.k * pre.shape[1], settings.parts)
 
 
 def _batch_topk(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
-    return _keep(pre, "token source feature -> source (token feature)", round(settings.k * pre.shape[0]))
+    k = settings.k * settings.parts.n_tokens(pre.shape[0])
+    return _keep(pre, "token source feature -> source (token feature)", k, settings.parts, over_tokens=True)
 
 
 def _batch_topk_all(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
-    return _keep(
-        pre, "token source feature -> 1 (token source feature)", round(settings.k * pre.shape[0] * pre.shape[1])
-    )
+    k = settings.k * settings.parts.n_tokens(pre.shape[0]) * pre.shape[1]
+    return _keep(pre, "token source feature -> 1 (token source feature)", k, settings.parts, over_tokens=True)
 
 
-def _keep(pre: Tensor, pattern: str, k: int) -> Tensor:
+def _keep(pre: Tensor, pattern: str, k: float, parts: Parts, *, over_tokens: bool = False) -> Tensor:
     """The k largest positive numbers of each row, the rows being what an einops pattern makes of the tensor."""
     token, source, feature = pre.shape
     positive = pre.relu()
-    kept = largest(rearrange(positive.detach(), pattern), k)
+
+    def order() -> Tensor:
+        rows = torch.arange(token * source, device=pre.device).view(token, source, 1) * parts.n_features(feature)
+        return rearrange(rows + parts.first + torch.arange(feature, device=pre.device), pattern)
+
+    kept = parts.largest(rearrange(positive.detach(), pattern), round(k), order, over_tokens=over_tokens)
     left, right = pattern.split(" -> ")
     back = rearrange(kept, f"{right} -> {left}", token=token, source=source, feature=feature)
     return positive * back
 
 
-@torch.no_grad()
-def largest(values: Float[Tensor, "row column"], k: int) -> Bool[Tensor, "row column"]:
-    """Where the k largest numbers of each row are; of equal ones, the first.
-
-    >>> largest(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), 2)
-    tensor([[False,  True,  True, False]])
-    """
-    k = min(k, values.shape[1])
-    if k <= 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    # kthvalue takes the k-th smallest
-    least = values.kthvalue(values.shape[1] - k + 1, dim=1, keepdim=True).values
-    kept = values >= least
-    rows = (kept.sum(dim=1) > k).nonzero().flatten()
-    if len(rows):
-        above, ties = values[rows] > least[rows], values[rows] == least[rows]
-        room = k - above.sum(dim=1, keepdim=True)
-        kept[rows] = above | (ties & (ties.cumsum(dim=1) <= room))
-    return kept
-
-
 def _groupmax(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
     """The largest of each of k groups of consecutive features, if positive."""
-    groups = rearrange(pre.relu(), "token source (group member) -> token source group member", group=round(settings.k))
+    member = settings.parts.n_features(pre.shape[2]) // round(settings.k)
+    groups = rearrange(pre.relu(), "token source (group member) -> token source group member", member=member)
     first = groups.detach().argmax(dim=-1, keepdim=True)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, first, True)
     return rearrange(groups * mask, "token source group member -> token source (group member)")

@@ -93,6 +93,16 @@ class Transcoder(nn.Module):
             )
         return self.decoder.W_dec
 
+    def feature_axes(self) -> dict[str, int | None]:
+        """Axis along which each parameter lists the features of a source; None for one that has no such axis.
+
+        Raises:
+            ShapeError: features cannot be divided among processes by stretches.
+        """
+        own: dict[str, int | None] = {"W_enc": 1, "b_enc": 1, "log_threshold": 1}
+        decoder = {f"decoder.{name}": axis for name, axis in self.decoder.feature_axes().items()}
+        return {name: (own | decoder).get(name) for name, _ in self.named_parameters()}
+
     @property
     def threshold(self) -> Float[Tensor, "source feature"]:
         """What a pre-activation must exceed for the feature to fire; in units of the pre-activation."""
@@ -194,17 +204,29 @@ class Transcoder(nn.Module):
         Raises:
             ShapeError: it is needed and missing.
         """
+        return self.with_biases(self.collected(written), x)
+
+    def collected(self, written: list[Float[Tensor, "token _ d_model"]]) -> Float[Tensor, "token layer d_model"]:
+        """Sum what each source wrote into the layers it wrote to."""
         parts: list[list[Tensor]] = [[] for _ in range(self.n_layers)]
         for source, targets in enumerate(self.topology.writes):
             for index, target in enumerate(targets):
                 parts[target].append(written[source][:, index])
-        return torch.stack(
-            [self.b_dec[layer] + sum(found) + self._skipped(layer, x) for layer, found in enumerate(parts)], dim=1
-        )
+        return torch.stack([sum(found[1:], start=found[0]) for found in parts], dim=1)
 
-    def _skipped(self, layer: int, x: Float[Tensor, "token layer d_model"] | None) -> Tensor | float:
+    def with_biases(
+        self, written: Float[Tensor, "token layer d_model"], x: Float[Tensor, "token layer d_model"] | None = None
+    ) -> Float[Tensor, "token layer d_model"]:
+        """Add decoder biases and what skips the features to what all features write to each layer.
+
+        Args:
+            x: What was encoded; only a skip connection needs it.
+
+        Raises:
+            ShapeError: it is needed and missing.
+        """
         if self.W_skip is None:
-            return 0.0
+            return written + self.b_dec
         if x is None:
             raise ShapeError(
                 "what the skip connection reads",
@@ -212,7 +234,8 @@ class Transcoder(nn.Module):
                 where="decode",
                 fix="pass the MLP inputs x too",
             )
-        return self.skip_layer(layer, x[:, layer])
+        skipped = torch.stack([self.skip_layer(layer, x[:, layer]) for layer in range(self.n_layers)], dim=1)
+        return written + self.b_dec + skipped
 
     def skip_layer(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """W_skip x of one layer; zero without a skip connection."""

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from circuitmill.core.parts import WHOLE, Parts
+
 WORTHWHILE = 0.12
 """Share of kept places up to which this is faster than the dense product; measured by benchmarks/train_step.py."""
 
@@ -113,14 +115,23 @@ class Sparse:
         return whole.index_put((self.entries.flat,), self.values).view(self.n_tokens, self.n_features)
 
 
-def strongest(pre: Float[Tensor, "token feature"], k: int, allowed: Bool[Tensor, " feature"]) -> Sparse:
+def strongest(
+    pre: Float[Tensor, "token feature"], k: int, allowed: Bool[Tensor, " feature"], parts: Parts = WHOLE
+) -> Sparse:
     """The k largest positive pre-activations of each token among the allowed features.
 
     >>> strongest(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), 2, torch.tensor([False, True, True, True])).dense()
     tensor([[0., 0., 2., 1.]])
+
+    Args:
+        parts: Where the token's other features are; the k largest are of all of them.
     """
     chosen = allowed.nonzero().flatten()
     values, index = pre[:, chosen].relu().topk(min(k, len(chosen)), dim=1)
-    rows = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
-    flat, order = (rows + chosen[index]).flatten().sort()
-    return Sparse(_entries(flat, *pre.shape), values.flatten()[order])
+    feature = chosen[index]
+    flat = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1] + feature
+    if parts is not WHOLE:
+        kept = parts.largest(values.detach(), k, lambda: feature + parts.first)
+        values, flat = values[kept], flat[kept]
+    ordered, order = flat.flatten().sort()
+    return Sparse(_entries(ordered, *pre.shape), values.flatten()[order])

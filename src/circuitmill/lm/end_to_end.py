@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from circuitmill.core.metrics import cross_entropy, kl_divergence
 from circuitmill.core.operand import Operand
+from circuitmill.core.parts import WHOLE, Parts
+from circuitmill.core.reconstruction import wide
 from circuitmill.core.scaling import Scaling
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError
@@ -86,11 +88,16 @@ class EndToEnd:
         finally:
             for handle in handles:
                 handle.remove()
-        x, y = (_wide(torch.stack(side, dim=1)) for side in (inputs, outputs))
+        x, y = (wide(torch.stack(side, dim=1)) for side in (inputs, outputs))
         return Original(tokens, self._scaling.inputs(x), self._scaling.outputs(y), logits)
 
     def terms(
-        self, transcoder: Transcoder, encode: Encode, original: Original, names: Collection[str]
+        self,
+        transcoder: Transcoder,
+        encode: Encode,
+        original: Original,
+        names: Collection[str],
+        parts: Parts = WHOLE,
     ) -> dict[str, Float[Tensor, ""]]:
         """Terms of the loss by name, with gradients to the transcoder.
 
@@ -98,6 +105,13 @@ class EndToEnd:
         |---|---|---|
         | kl | positions that count | divergence of the replacement's predictions from the original's, in nats |
         | cross_entropy | predictions | surprise of the replacement model at the token that follows, in nats |
+
+        Args:
+            transcoder: Of the features that are here.
+            encode: Its activations.
+            original: Of the same sequences.
+            names: Which terms.
+            parts: Where other features are; every rank that has some runs the language model on the same sequences.
 
         Raises:
             ConfigError: another name.
@@ -110,12 +124,12 @@ class EndToEnd:
                 "kl or cross_entropy", found=", ".join(unknown), where="train.loss", fix="name one of them"
             )
         counted, predicted = self.positions(original.tokens)
-        with self._mlps_replaced(transcoder, encode, counted):
-            replaced = _wide(self._logits(original.tokens)[counted])
+        with self._mlps_replaced(transcoder, encode, counted, parts):
+            replaced = wide(self._logits(original.tokens)[counted])
         found: dict[str, Tensor] = {}
         for name in names:
             if name == "kl":
-                found[name] = kl_divergence(_wide(original.logits), replaced).mean()
+                found[name] = kl_divergence(wide(original.logits), replaced).mean()
             else:
                 following = original.tokens.roll(-1, dims=1)[predicted]
                 found[name] = cross_entropy(replaced[predicted[counted]], following).mean()
@@ -128,12 +142,12 @@ class EndToEnd:
 
     @contextmanager
     def _mlps_replaced(
-        self, transcoder: Transcoder, encode: Encode, counted: Bool[Tensor, "sequence pos"]
+        self, transcoder: Transcoder, encode: Encode, counted: Bool[Tensor, "sequence pos"], parts: Parts
     ) -> Iterator[None]:
         """Let the transcoder stand for all MLPs, for one pass over sequences with these positions."""
         device = self._lm.device.type
         kept, own = ((mask.flatten().nonzero().squeeze(1)) for mask in (counted, ~counted))
-        reconstruct = _Reconstruction(transcoder, encode, self._scaling)
+        reconstruct = _Reconstruction(transcoder, encode, self._scaling, parts)
         # the model runs without autocast, the transcoder inside it with what was set outside
         precision = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         read: dict[int, Tensor] = {}
@@ -170,21 +184,16 @@ class EndToEnd:
 class _Reconstruction:
     """Raw MLP outputs from raw MLP inputs, layer after layer, by a transcoder in normalised units."""
 
-    def __init__(self, transcoder: Transcoder, encode: Encode, scaling: Scaling) -> None:
-        self._transcoder, self._encode, self._scaling = transcoder, encode, scaling
+    def __init__(self, transcoder: Transcoder, encode: Encode, scaling: Scaling, parts: Parts) -> None:
+        self._transcoder, self._encode, self._scaling, self._parts = transcoder, encode, scaling, parts
         self._written: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, raw: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         coder, scaling = self._transcoder, self._scaling
-        x = (_wide(raw) - scaling.input_center[layer]) * scaling.input_scale[layer]
-        written = _wide(coder.decoder.written(layer, self._encode(layer, x), x))
+        x = (wide(raw) - scaling.input_center[layer]) * scaling.input_scale[layer]
+        written = wide(coder.decoder.written(layer, self._encode(layer, x), x))
         for index, target in enumerate(coder.topology.writes[layer]):
             earlier, now = self._written.get(target), written[:, index]
             self._written[target] = now if earlier is None else earlier + now
-        y_hat = self._written.pop(layer) + coder.b_dec[layer] + coder.skip_layer(layer, x)
+        y_hat = self._parts.total(self._written.pop(layer)) + coder.b_dec[layer] + coder.skip_layer(layer, x)
         return y_hat / scaling.output_scale[layer] + scaling.output_center[layer]
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

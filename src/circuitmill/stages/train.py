@@ -14,11 +14,9 @@ of every batch; rank 0 writes.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import torch
 
 from circuitmill import distributed, logs
 from circuitmill.config.train import TrainConfig
@@ -30,20 +28,23 @@ from circuitmill.distributed import Ranks
 from circuitmill.errors import UpstreamError
 from circuitmill.stages.train_data import TrainData
 from circuitmill.stores.activations import NORMALIZATION
-from circuitmill.stores.checkpoints import Checkpoints
+from circuitmill.stores.checkpoints import Checkpoints, Saved
 from circuitmill.stores.clt import save_clt
 from circuitmill.stores.files import digest_of
-from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams, plain
+from circuitmill.stores.manifest import Manifest, StageOutput, identity, load_manifest, load_upstreams, plain
 from circuitmill.stores.normalization import load_normalization
 from circuitmill.stores.transcoders import MODEL, TRACED, as_clt, is_plain_clt, load_transcoder, save_transcoder
-from circuitmill.training import parallel
 from circuitmill.training.batches import Batches
 from circuitmill.training.finetune import state_from_base
-from circuitmill.training.heldout import HeldOut
+from circuitmill.training.heldout import HeldOut, moment_of
 from circuitmill.training.interrupt import StopRequest
 from circuitmill.training.loop import Ended, train
 from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
-from circuitmill.training.objective import Moment
+from circuitmill.training.parallel.census import Shape
+from circuitmill.training.parallel.choose import choose
+from circuitmill.training.parallel.cut import join
+from circuitmill.training.parallel.layout import Layout
+from circuitmill.training.parallel.placement import Placement
 from circuitmill.training.sequences import SequenceBatches
 from circuitmill.training.state import TrainState, start
 from circuitmill.training.thresholds import WITH_THRESHOLDS, kept_thresholds
@@ -85,19 +86,29 @@ def run(
     inputs = load_upstreams(toyworld=toyworld, tokenize=tokenize, cache=cache)
     if base is not None:
         inputs["base"] = load_manifest(base, "train")
-    parallel.batch_slice(cfg.batch_tokens, ranks)
-    output = StageOutput("train", cfg, inputs, out, keep=(WANDB, PROFILE)) if ranks.first else None
-    parallel.wait_for_all(ranks)  # until rank 0 has cleared what another configuration left
     normalization = load_normalization(inputs["cache"].checked_file(NORMALIZATION))
     data = TrainData(inputs, normalization.scaling(cfg.scaling))
-    state, ended = _train(cfg, data, out, ranks)
-    if output is not None:
-        _set_thresholds(cfg, state, data)
-        trained = merged(state.transcoder) if cfg.adapter_rank else state.transcoder
-        _save(cfg, fold(trained, data.scaling.to(state.idle.device)), inputs["cache"], output)
+    layout = _layout(cfg, data, ranks)
+    output = StageOutput("train", cfg, inputs, out, keep=(WANDB, PROFILE)) if ranks.first else None
+    layout.world.wait()  # until rank 0 has cleared what another configuration left
+    state, ended = _train(cfg, data, out, layout)
+    whole = _whole(cfg, state, data, layout)
+    if output is not None and whole is not None:
+        trained = merged(whole) if cfg.adapter_rank else whole
+        _save(cfg, fold(trained, data.scaling), inputs["cache"], output)
         output.finish(_counts(cfg, state, trained, read_metrics(out / METRICS)[-1]) | {"ended": ended.reason})
-    parallel.wait_for_all(ranks)
+    layout.world.wait()
     return load_manifest(out / "manifest.json", "train")
+
+
+def _layout(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> Layout:
+    """What the configuration names, or what fits.
+
+    Raises:
+        ConfigError: these ranks cannot train this transcoder so.
+    """
+    n_layers, d_model = data.scaling.input_scale.shape
+    return choose(cfg, Shape(n_layers, d_model), ranks, device=distributed.device())
 
 
 def _require_base(cfg: TrainConfig, base: Path | None) -> None:
@@ -110,21 +121,32 @@ def _require_base(cfg: TrainConfig, base: Path | None) -> None:
         )
 
 
-def _set_thresholds(cfg: TrainConfig, state: TrainState, data: TrainData) -> None:
-    """Give features thresholds with which as many fire on held-out tokens as the nonlinearity keeps there.
+def _whole(cfg: TrainConfig, state: TrainState, data: TrainData, layout: Layout) -> Transcoder | None:
+    """The finished transcoder in normalised units, in the first rank's host memory; None on the others.
 
-    ReLU and JumpReLU have theirs.
+    Features get thresholds with which as many fire on held-out tokens as the nonlinearity keeps there. ReLU and
+    JumpReLU have theirs.
     """
-    own, transcoder = cfg.nonlinearity, state.transcoder
+    shards = layout.features.size > 1
+    if shards:
+        _set_thresholds(cfg, state, state.transcoder, data, layout)
+    whole = join(state.transcoder, layout, cfg.architecture)
+    if whole is not None and not shards:
+        whole = whole.to(state.idle.device)
+        _set_thresholds(cfg, state, whole, data, layout)
+    return None if whole is None else whole.cpu()
+
+
+def _set_thresholds(
+    cfg: TrainConfig, state: TrainState, transcoder: Transcoder, data: TrainData, layout: Layout
+) -> None:
+    own = cfg.nonlinearity
     if own.name in WITH_THRESHOLDS:
         return
-    moment = Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
-    pairs = data.heldout(
-        tokens=own.calibration_tokens,
-        batch_tokens=cfg.batch_tokens,
-        key="train.nonlinearity.calibration_tokens",
-    )
-    set_thresholds(transcoder, kept_thresholds(transcoder, list(pairs), cfg, moment))
+    key = "train.nonlinearity.calibration_tokens"
+    pairs = data.heldout(tokens=own.calibration_tokens, batch_tokens=cfg.batch_tokens, key=key)
+    found = kept_thresholds(transcoder, list(pairs), cfg, moment_of(state, cfg), layout)
+    set_thresholds(transcoder, found)
 
 
 def _save(cfg: TrainConfig, transcoder: Transcoder, cache: Manifest, output: StageOutput) -> None:
@@ -136,41 +158,71 @@ def _save(cfg: TrainConfig, transcoder: Transcoder, cache: Manifest, output: Sta
         save_clt(output.path(TRACED), as_clt(transcoder), **label)
 
 
-def _beginning(cfg: TrainConfig, data: TrainData, batches: Batches | SequenceBatches, ranks: Ranks) -> TrainState:
+def _beginning(cfg: TrainConfig, data: TrainData, batches: Batches | SequenceBatches, layout: Layout) -> TrainState:
     """Starting values, or the base's."""
     device = distributed.device()
     if "base" in data.inputs:
         base = load_transcoder(data.inputs["base"].folder / MODEL).to(device)
-        return state_from_base(cfg, base, data.scaling.to(device))
+        return state_from_base(cfg, base, data.scaling.to(device), layout)
     if isinstance(batches, SequenceBatches):
-        return start(cfg, *batches.beginning())
-    return start(cfg, *(parallel.gather_rows(side, ranks) for side in batches.get(0)))
+        x, y = batches.beginning()
+    else:
+        x, y = (layout.data.gather_rows(side) for side in batches.get(0))
+    return start(cfg, x, y, layout)
 
 
-def _measurement(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> Callable[[TrainState], Row] | None:
-    """What is measured now and then; by rank 0, while the others wait."""
+def _measurement(cfg: TrainConfig, data: TrainData, layout: Layout) -> Callable[[TrainState], Row] | None:
+    """What is measured now and then: by the ranks that share features, or by rank 0 while the others wait."""
     own = cfg.monitor
     behaves = bool(own.behaviour_tokens) and not cfg.architecture.unreplaceable
     if not own.heldout_tokens and not behaves:
         return None
-    if not ranks.first:
-        return lambda state: {}
-    key = "train.monitor.heldout_tokens"
-    pairs = data.heldout(tokens=own.heldout_tokens, batch_tokens=cfg.batch_tokens, key=key)
-    replaced = data.replaced(own.behaviour_tokens) if behaves else None
-    return HeldOut(list(pairs), cfg, scaling=data.scaling, replaced=replaced).measure
+    held_out = None
+    if layout.measures:
+        key = "train.monitor.heldout_tokens"
+        pairs = data.heldout(tokens=own.heldout_tokens, batch_tokens=cfg.batch_tokens, key=key)
+        replaced = _replaced(data, own.behaviour_tokens, layout) if behaves else None
+        held_out = HeldOut(list(pairs), cfg, scaling=data.scaling, replaced=replaced, layout=layout)
+
+    def measure(state: TrainState) -> Row:
+        with state.gathered():
+            return held_out.measure(state) if held_out is not None else {}
+
+    return measure
 
 
-def _train(cfg: TrainConfig, data: TrainData, out: Path, ranks: Ranks) -> tuple[TrainState, Ended]:
+def _replaced(data: TrainData, tokens: int, layout: Layout) -> Callable[[Transcoder], Mapping[str, float | None]]:
+    """Measures the replacement model; other ranks bring their shards and have no language model."""
+    return data.replaced(tokens) if layout.ranks.first else lambda whole: {}
+
+
+def _restore(state: TrainState, saved: Saved, layout: Layout) -> None:
+    """Take over a checkpoint, of whatever layout."""
+    placement = Placement(state.transcoder, layout)
+    wanted = placement.wanted(saved.entries)
+    saved.read(wanted)
+    state.restore(placement.tensors(wanted))
+
+
+def _train(cfg: TrainConfig, data: TrainData, out: Path, layout: Layout) -> tuple[TrainState, Ended]:
     """Run the loop between store, checkpoints and sinks."""
-    checkpoints = Checkpoints(out / "checkpoints", keep=cfg.keep_checkpoints)
+    ranks = layout.ranks
     with ExitStack() as stack:
-        batches = data.batches(cfg, ranks, stack)
-        state = _beginning(cfg, data, batches, ranks)
+        batches = data.batches(cfg, layout, stack)
+        state = _beginning(cfg, data, batches, layout)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                out / "checkpoints",
+                keep=cfg.keep_checkpoints,
+                rank=ranks.rank,
+                size=ranks.size,
+                group=layout.background,
+            )
+        )
         found = checkpoints.last()
         if found is not None:
             _log.info("continuing after step %d of %d", found.step, cfg.steps)
-            state.restore(found.tensors)
+            _restore(state, found, layout)
         sinks = stack.enter_context(_sinks(cfg, out, state.step)) if ranks.first else []
         stop = stack.enter_context(StopRequest())
         bar = stack.enter_context(
@@ -188,19 +240,19 @@ def _train(cfg: TrainConfig, data: TrainData, out: Path, ranks: Ranks) -> tuple[
             bar.note(f"loss {row['loss']:.3g}, EV {row['ev']:.4f}, L0 {sum(row['l0']) / len(row['l0']):.1f} per layer")
 
         def checkpoint(state: TrainState, l0: float | None = None) -> None:
-            if ranks.first:
-                checkpoints.save(state.step, state.tensors(), l0)
+            placement = Placement(state.transcoder, layout)
+            checkpoints.save(state.step, placement.entries(state.tensors()), l0)
 
         ended = train(
             cfg,
             state,
             batches,
-            ranks=ranks,
+            layout=layout,
             log=log,
             checkpoint=checkpoint,
             advance=bar.advance,
             stop=lambda: bool(stop),
-            measure=_measurement(cfg, data, ranks),
+            measure=_measurement(cfg, data, layout),
             trace=out / PROFILE / f"rank-{ranks.rank}.json" if cfg.monitor.profile_steps else None,
         )
     return state, ended
@@ -214,7 +266,7 @@ def _sinks(cfg: TrainConfig, out: Path, step: int) -> Iterator[list[Sink]]:
         # here, because importing it takes a second that trainings without it need not wait
         from circuitmill.stores.mirror import WandbMirror
 
-        config = plain(cfg)
+        config = identity(cfg)
         sinks.append(WandbMirror(out, config=config, identity=digest_of([config, str(out.resolve())])[:16]))
     try:
         yield sinks
@@ -237,5 +289,5 @@ def _counts(cfg: TrainConfig, state: TrainState, transcoder: Transcoder, last: R
         "ev": last["ev"],
         "ev_per_layer": last["ev_per_layer"],
         "l0": last["l0"],
-        "dead": int(torch.sum(state.dead(cfg.dead_tokens))),
+        "dead": state.n_dead,
     }

@@ -17,7 +17,6 @@ from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.scaling import Scaling
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.distributed import Ranks
 from circuitmill.errors import ConfigError, UpstreamError
 from circuitmill.lm.cached import sites_of_cache
 from circuitmill.lm.end_to_end import EndToEnd
@@ -30,8 +29,8 @@ from circuitmill.stores.activations import ActivationStore
 from circuitmill.stores.batches import BatchSource
 from circuitmill.stores.manifest import NAME, Manifest
 from circuitmill.stores.tokens import TokenStore
-from circuitmill.training import parallel
 from circuitmill.training.batches import Batches, Pair, Targets
+from circuitmill.training.parallel.layout import Layout
 from circuitmill.training.sequences import SequenceBatches
 
 BEHAVIOUR_SEQUENCES = 16
@@ -89,7 +88,7 @@ class TrainData:
                 )
         return targets
 
-    def batches(self, cfg: TrainConfig, ranks: Ranks, stack: ExitStack) -> Batches | SequenceBatches:
+    def batches(self, cfg: TrainConfig, layout: Layout, stack: ExitStack) -> Batches | SequenceBatches:
         """Batches of the train split for this rank; whole sequences if the language model takes part in the loss.
 
         Args:
@@ -100,9 +99,9 @@ class TrainData:
         """
         if cfg.end_to_end:
             model = EndToEnd(self.lm, self.scaling)
-            return stack.enter_context(SequenceBatches(self._sequences("train"), model, cfg, ranks))
+            return stack.enter_context(SequenceBatches(self._sequences("train"), model, cfg, layout.data))
         order: dict[str, Any] = {"seed": cfg.seed, "batch_tokens": cfg.batch_tokens, "pool_tokens": cfg.pool_tokens}
-        order["rows"] = parallel.batch_slice(cfg.batch_tokens, ranks)
+        order["rows"] = layout.rows(cfg.batch_tokens)
         live = self._live_blocks() if self.cached.mode == "stream" else None
         source = self._store.batches(**order) if live is None else BatchSource(live, **order)
         batches = Batches(
@@ -111,6 +110,7 @@ class TrainData:
             device=distributed.device(),
             targets=self.targets,
             reproduces=self.cached.targets == "inputs",
+            together=layout.features,
         )
         stack.enter_context(batches)
         if live is not None:

@@ -268,6 +268,12 @@ def plain(cfg: object) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(cfg)))  # type: ignore[call-overload]
 
 
+def identity(cfg: object) -> dict:
+    """As `plain`, without options (metadata `identity: False`) that say with what a result is computed, not which."""
+    kept = [each.name for each in dataclasses.fields(cfg) if each.metadata.get("identity", True)]  # type: ignore[arg-type]
+    return {name: value for name, value in plain(cfg).items() if name in kept}
+
+
 class StageOutput:
     """The folder a stage writes: continues, or clears, what is there and ends with the manifest.
 
@@ -298,22 +304,22 @@ class StageOutput:
             "stage": stage,
             "unit": unit,
             "revision": stage_row(stage).revision,
-            "config": plain(cfg),
+            "config": identity(cfg),
             "inputs": {name: manifest.digest for name, manifest in inputs.items()},
             "sources": sources or {},
         }
-        identity = digest_of(self._body)
+        work = digest_of(self._body)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / NAME).unlink(missing_ok=True)
         leftovers = [child for child in self.folder.iterdir() if child.name not in keep]
-        if leftovers and Ledger.identity_in(self.folder) != identity:
+        if leftovers and Ledger.identity_in(self.folder) != work:
             _log.info("%s: clearing what another configuration or input left in %s", stage, self.folder)
             for child in leftovers:
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         for temporary in self._data_files():
             if temporary.name.startswith(".") and temporary.suffix == ".tmp":
                 temporary.unlink()
-        self.ledger = Ledger(self.folder, identity)
+        self.ledger = Ledger(self.folder, work)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder; the folders above it are made."""

@@ -1,7 +1,12 @@
-"""Batches for one rank: its slice of every global batch, restored and normalised on the device, read one step ahead."""
+"""Batches for one rank: its slice of every global batch, restored and normalised on the device, read one step ahead.
+
+Ranks that share features work on the same tokens. Each reads some of them, and they exchange them as they are stored:
+so a batch is read once, by all ranks together, and what travels is as small as what is on disk.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -9,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitmill.core.codecs import StoredBatch
+from circuitmill.core.codecs import Encoded, StoredBatch
 from circuitmill.core.scaling import Scaling
 from circuitmill.errors import ShapeError
+from circuitmill.training.parallel.collectives import Group
 
 Pair = tuple[Float[Tensor, "token layer d_model"], Float[Tensor, "token layer d_model"]]
 Targets = Callable[[Float[Tensor, "token layer d_model"]], Float[Tensor, "token layer d_model"]]
@@ -39,6 +45,7 @@ class Batches:
         device: Where the trainer works.
         targets: Computes MLP outputs, for a source that has inputs alone.
         reproduces: Whether what is read is what is to be reconstructed, for a source that has inputs alone.
+        together: Ranks whose rows are put together, first rank first; every rank must ask for the same batches.
     """
 
     def __init__(
@@ -49,11 +56,12 @@ class Batches:
         device: torch.device,
         targets: Targets | None = None,
         reproduces: bool = False,
+        together: Group | None = None,
     ) -> None:
         if reproduces and targets is not None:
             raise _unclear("a function that computes others")
         self._source, self._device, self._targets, self._reproduces = source, device, targets, reproduces
-        self._scaling = scaling.to(device)
+        self._scaling, self._together = scaling.to(device), together or Group()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[StoredBatch]] | None = None
 
@@ -85,15 +93,21 @@ class Batches:
         return batch.pinned() if self._device.type == "cuda" else batch
 
     def _restored(self, batch: StoredBatch) -> Pair:
-        x = batch.inputs.to(self._device).decode()
+        inputs = batch.inputs.to(self._device)
+        outputs = None if batch.outputs is None else batch.outputs.to(self._device)
+        own = inputs
+        if self._together.size > 1:
+            inputs, outputs = _all_rows(inputs, outputs, self._together)
+        x = inputs.decode()
         if self._reproduces:
-            if batch.outputs is not None:
+            if outputs is not None:
                 raise _unclear("outputs in the batch")
             y = x
-        elif batch.outputs is not None:
-            y = batch.outputs.to(self._device).decode()
+        elif outputs is not None:
+            y = outputs.decode()
         elif self._targets is not None:
-            y = self._targets(x)
+            # of its own rows only: outputs are exchanged like inputs
+            y = self._together.gather_rows(self._targets(x if own is inputs else own.decode()))
         else:
             raise ShapeError(
                 "MLP outputs in the batch, or a function that computes them",
@@ -102,6 +116,19 @@ class Batches:
                 fix="pass the model's MLPs for a cache with targets=recomputed, reproduces for one with targets=inputs",
             )
         return self._scaling.inputs(x), self._scaling.outputs(y)
+
+
+def _all_rows(inputs: Encoded, outputs: Encoded | None, group: Group) -> tuple[Encoded, Encoded | None]:
+    """The stored numbers of all ranks, in one collective."""
+    sides = [inputs] if outputs is None else [inputs, outputs]
+    arrays = [(side, name, value) for side, each in enumerate(sides) for name, value in each.arrays.items()]
+    rows = [value.reshape(len(value), -1).contiguous().view(torch.uint8) for _, _, value in arrays]
+    parts = group.gather_rows(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=1)
+    found: list[dict[str, Tensor]] = [{} for _ in sides]
+    for (side, name, value), part in zip(arrays, parts, strict=True):
+        found[side][name] = part.contiguous().view(value.dtype).view(-1, *value.shape[1:])
+    whole = [replace(each, arrays=arrays) for each, arrays in zip(sides, found, strict=True)]
+    return whole[0], whole[1] if len(whole) > 1 else None
 
 
 def _unclear(found: str) -> ShapeError:

@@ -10,10 +10,12 @@ from circuitmill.core.adapters import adapt, unfold
 from circuitmill.core.scaling import Scaling
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, ShapeError
+from circuitmill.training.parallel.cut import cut
+from circuitmill.training.parallel.layout import Layout, alone
 from circuitmill.training.state import TrainState, make_state
 
 
-def state_from_base(cfg: TrainConfig, base: Transcoder, scaling: Scaling) -> TrainState:
+def state_from_base(cfg: TrainConfig, base: Transcoder, scaling: Scaling, layout: Layout | None = None) -> TrainState:
     """A training of all parameters of a finished transcoder, or of a low-rank change of its decoders.
 
     Thresholds are the base's: trained on with jumprelu if all is trained, ignored by top-k kinds, which set them at the
@@ -23,6 +25,7 @@ def state_from_base(cfg: TrainConfig, base: Transcoder, scaling: Scaling) -> Tra
         cfg: Its architecture is the base's; Matryoshka prefixes may differ.
         base: In raw units; not changed.
         scaling: To the normalised units of the activations to train on, on the base's device.
+        layout: Of the ranks, each of which trains its shard of the base; None is one.
 
     Raises:
         ConfigError: another architecture or number of features, thresholds that the nonlinearity cannot take over, or
@@ -35,12 +38,13 @@ def state_from_base(cfg: TrainConfig, base: Transcoder, scaling: Scaling) -> Tra
     torch.manual_seed(cfg.seed)
     transcoder = unfold(base, scaling)
     transcoder.architecture = replace(transcoder.architecture, prefixes=cfg.architecture.prefixes)
+    layout = layout or alone(cfg.n_features)
     if cfg.adapter_rank:
         adapt(transcoder, cfg.adapter_rank, generator=torch.Generator().manual_seed(cfg.seed))
     else:
         transcoder.requires_grad_(True)
         transcoder.log_threshold.requires_grad_(cfg.nonlinearity.name == "jumprelu")
-    return make_state(cfg, transcoder)
+    return make_state(cfg, cut(transcoder, layout.shard), layout)
 
 
 def _check_shape(cfg: TrainConfig, base: Transcoder, scaling: Scaling) -> None:

@@ -33,6 +33,8 @@ from circuitmill.core.transcoder import Transcoder
 from circuitmill.training.batches import Pair
 from circuitmill.training.monitor import Row
 from circuitmill.training.objective import Moment, evaluation
+from circuitmill.training.parallel.cut import join
+from circuitmill.training.parallel.layout import Layout, alone
 from circuitmill.training.state import TrainState
 from circuitmill.training.thresholds import WITH_THRESHOLDS, kept_thresholds
 
@@ -53,46 +55,56 @@ SHARED = (0.3, 0.7)
 class HeldOut:
     """The same held-out tokens, measured again and again.
 
-    Nothing is communicated: under several ranks, which all have the same parameters, rank 0 measures alone. The random
-    state and the parameters are left as they are.
+    Ranks that share features measure together; of ranks that have all features one measures alone (`Layout.measures`).
+    The random state and the parameters are left as they are.
 
     Args:
         batches: Normalised inputs and outputs, on the training device; none leaves out all but the replacement model.
             Nonlinearities that rank over a batch see these batches, so they should be as large as a training batch.
         cfg: Of the training.
         scaling: Normalised units to raw ones, for the replacement model.
-        replaced: Measures the replacement model; None leaves it out.
+        replaced: Measures the replacement model, on the first rank; None leaves it out.
+        layout: Of the training; None is one rank.
     """
 
     def __init__(
-        self, batches: Sequence[Pair], cfg: TrainConfig, *, scaling: Scaling, replaced: Replaced | None = None
+        self,
+        batches: Sequence[Pair],
+        cfg: TrainConfig,
+        *,
+        scaling: Scaling,
+        replaced: Replaced | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._batches, self._cfg, self._scaling, self._replaced = batches, cfg, scaling, replaced
+        self._layout = layout or alone(cfg.n_features)
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> Row:
         """The part of a row of metrics that does not come from the batch at hand; what is undefined is None."""
         row: Row = {}
         if self._batches:
-            row |= self._fit(state) | feature_figures(state, self._cfg)
+            row |= self._fit(state) | feature_figures(state, self._cfg, self._layout)
         if self._replaced is not None:
-            found = self._replaced(finished(state, self._cfg, self._scaling, self._batches))
-            row |= {f"replacement_{name}": value for name, value in found.items()}
+            whole = finished(state, self._cfg, self._scaling, self._batches, self._layout)
+            if whole is not None:
+                row |= {f"replacement_{name}": value for name, value in self._replaced(whole).items()}
         return row
 
     def _fit(self, state: TrainState) -> Row:
         cfg, transcoder = self._cfg, state.transcoder
-        moment = Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
+        moment = moment_of(state, cfg)
         explained = ExplainedVariance(transcoder.n_layers, transcoder.d_model, device=transcoder.b_dec.device)
         active, firings = [], torch.zeros_like(state.idle)
         for x, y in self._batches:
-            batch = evaluation(transcoder, x, y, cfg, moment)
+            batch = evaluation(transcoder, x, y, cfg, moment, self._layout.measuring)
             explained.update(y, batch.y_hats[-1])
             # one source at a time is dense, as its pre-activations are
-            active.append(torch.stack([(a.dense() > 0).sum(dim=1) for a in batch.a]))
+            here = torch.stack([(a.dense() > 0).sum(dim=1) for a in batch.a])
+            active.append(self._layout.features.total(here))
             firings += torch.stack([a.firings() for a in batch.a])
         counts = torch.cat(active, dim=1)
-        histogram = torch.stack([torch.bincount(row, minlength=transcoder.n_features + 1) for row in counts])
+        histogram = torch.stack([torch.bincount(row, minlength=cfg.n_features + 1) for row in counts])
         row: Row = {
             "heldout_ev": number(explained.pooled()),
             "heldout_ev_per_layer": numbers(explained.per_layer()),
@@ -106,9 +118,20 @@ class HeldOut:
         return row
 
 
+def moment_of(state: TrainState, cfg: TrainConfig) -> Moment:
+    """Where a training is between two steps."""
+    return Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density, state.n_dead)
+
+
 @torch.no_grad()
-def finished(state: TrainState, cfg: TrainConfig, scaling: Scaling, batches: Sequence[Pair] = ()) -> Transcoder:
-    """The transcoder as it would be if the training ended now: in raw units, with a threshold per feature.
+def finished(
+    state: TrainState,
+    cfg: TrainConfig,
+    scaling: Scaling,
+    batches: Sequence[Pair] = (),
+    layout: Layout | None = None,
+) -> Transcoder | None:
+    """The transcoder as it would be if the training ended now: whole, in raw units, with a threshold per feature.
 
     Args:
         state: Of the training.
@@ -116,34 +139,59 @@ def finished(state: TrainState, cfg: TrainConfig, scaling: Scaling, batches: Seq
         scaling: Normalised units to raw ones.
         batches: Held-out tokens on which a nonlinearity without thresholds gets some, as at the end (fewer than then);
             without any it gets the running mean of the least activation kept.
+        layout: Of the training; ranks that share features must all come here. None is one rank.
 
     Returns:
-        A copy; the training goes on with its own.
+        A copy on the training device; the training goes on with its own. None on ranks other than the first, if
+        features are shared.
     """
-    transcoder = fold(state.transcoder, scaling.to(state.idle.device))
-    # folding leaves pre-activations as they are
+    layout = layout or alone(state.transcoder.n_features)
+    device = state.idle.device
+    thresholds = None
     if cfg.nonlinearity.name not in WITH_THRESHOLDS:
-        moment = Moment(state.step * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
-        set_thresholds(transcoder, kept_thresholds(state.transcoder, batches, cfg, moment) if batches else state.least)
+        found = (
+            kept_thresholds(state.transcoder, batches, cfg, moment_of(state, cfg), layout) if batches else state.least
+        )
+        thresholds = layout.features.join(found, 1, layout.shard.total) if found.ndim == 2 else found
+    whole: Transcoder | None = state.transcoder
+    if layout.features.size > 1:
+        whole = join(state.transcoder, layout, cfg.architecture)
+    if whole is None:
+        return None
+    transcoder = fold(whole.to(device), scaling.to(device))
+    # folding leaves pre-activations as they are
+    if thresholds is not None:
+        set_thresholds(transcoder, thresholds)
     return transcoder
 
 
 @torch.no_grad()
-def feature_figures(state: TrainState, cfg: TrainConfig) -> Row:
-    """What counters and parameters say about features, without any tokens."""
-    transcoder, dead = state.transcoder, state.dead(cfg.dead_tokens)
-    firings = (state.density.double() * cfg.dead_tokens).round().long()
+def feature_figures(state: TrainState, cfg: TrainConfig, layout: Layout | None = None) -> Row:
+    """What counters and parameters say about features, without any tokens.
+
+    Args:
+        state: Of the training.
+        cfg: Of the training.
+        layout: Of the training; ranks that share features must all come here. None is one rank.
+    """
+    transcoder, layout = state.transcoder, layout or alone(state.transcoder.n_features)
+
+    def whole(values: Tensor) -> Tensor:
+        return layout.features.join(values, 1, layout.shard.total)
+
+    dead = whole(state.dead(cfg.dead_tokens).to(torch.uint8)).bool()
+    firings = (whole(state.density).double() * cfg.dead_tokens).round().long()
     edges, counts = density_histogram(firings.cpu(), cfg.dead_tokens, PER_DECADE)
     row: Row = {
         "dead": dead.double().mean().item(),
         "dead_features": dead.sum(dim=1).tolist(),
         "density_histogram": {"log10_edges": edges, "counts": counts},
-        "decoder_norm_histogram": log10_histogram(transcoder.decoder_norms()),
+        "decoder_norm_histogram": log10_histogram(whole(transcoder.decoder_norms())),
     }
     if cfg.nonlinearity.name == "jumprelu":
-        row["threshold_histogram"] = log10_histogram(transcoder.threshold)
+        row["threshold_histogram"] = log10_histogram(whole(transcoder.threshold))
     if transcoder.architecture.models > 1:
-        row |= between_models(transcoder)
+        row |= between_models(*(whole(values.T[None])[0].T for values in relations(transcoder)))
     return row
 
 
@@ -186,12 +234,11 @@ def even_histogram(rows: Sequence[Float[Tensor, " _"]], low: float, high: float)
     }
 
 
-def between_models(transcoder: Transcoder) -> Row:
+def relations(transcoder: Transcoder) -> tuple[Float[Tensor, "feature _"], Float[Tensor, "feature _"]]:
     """Relative decoder norms and cosines of a crosscoder's features, of each further model against the first.
 
     r = ||d^B|| / (||d^A|| + ||d^B||), d being a feature's decoder vectors for one model, concatenated over its layers.
-    Shared features have .3 < r < .7, all others are exclusive ("Circuits Updates, February 2025"). A feature without
-    any decoder is in neither histogram, one without a decoder for one of the models has no cosine.
+    Not a number where a feature has no decoder for the models compared.
     """
     models = transcoder.architecture.models
     vectors = transcoder.decoder_block(0).detach().unflatten(1, (models, -1)).flatten(2)
@@ -199,11 +246,19 @@ def between_models(transcoder: Transcoder) -> Row:
     relative = norms[:, 1:] / (norms[:, :1] + norms[:, 1:])
     # einsum(vectors[:, 1:], vectors[:, 0], "feature row column, feature column -> feature row")
     products = (vectors[:, 1:] @ vectors[:, 0, :, None]).squeeze(2)
-    cosine = products / (norms[:, :1] * norms[:, 1:])
+    return relative, products / (norms[:, :1] * norms[:, 1:])
+
+
+def between_models(relative: Float[Tensor, "feature _"], cosine: Float[Tensor, "feature _"]) -> Row:
+    """Histograms of what `relations` gives.
+
+    Shared features have .3 < r < .7, all others are exclusive ("Circuits Updates, February 2025"). A feature without
+    any decoder is in neither histogram, one without a decoder for one of the models has no cosine.
+    """
     shared = (relative > SHARED[0]) & (relative < SHARED[1])
     by_model = even_histogram(list(relative.T), 0.0, 1.0)
     return {
-        "relative_norm_histogram": by_model | {"names": [f"model {model}" for model in range(1, models)]},
+        "relative_norm_histogram": by_model | {"names": [f"model {model + 1}" for model in range(relative.shape[1])]},
         "cosine_histogram": even_histogram([cosine[shared], cosine[~shared]], -1.0, 1.0)
         | {"names": ["shared", "exclusive"]},
     }

@@ -1,12 +1,12 @@
 """The training loop.
 
-1. Take this rank's slice of batch `step`.  2. Loss, checked to be finite, and gradients, one micro-batch after the
-other.  3. Gradients averaged over ranks, clipped.  4. The optimizer with the scheduled rate.  5. Dead counters, and
-what the running L0 has fallen below.  6. Metrics, held-out figures and checkpoint when their number of tokens has
-passed.
+1. Take this rank's part of batch `step`.  2. Loss and gradients, one micro-batch after the other.  3. Gradients reduced
+over ranks; dead counters; figures of all ranks in one collective, checked to be finite.  4. Gradients clipped, and the
+optimizer with the scheduled rate.  5. What the running L0 has fallen below.  6. Metrics, held-out figures and
+checkpoint when their number of tokens has passed.
 
-The result depends on configuration and data alone: a training that was interrupted at any time and resumed
-from its last checkpoint ends in the same parameters as an unbroken one, bit by bit on a CPU with one rank.
+The result depends on configuration and data alone: a training that was interrupted at any time and resumed from its
+last checkpoint on as many ranks ends in the same parameters as an unbroken one, bit by bit on a CPU.
 """
 
 import resource
@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
+from circuitmill import distributed
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.metrics import ExplainedVariance
-from circuitmill.distributed import Ranks
 from circuitmill.errors import InterruptedRun
-from circuitmill.training import parallel, precision, profile
+from circuitmill.training import precision, profile
 from circuitmill.training.batches import Batches, Pair
+from circuitmill.training.figures import Figures, figures_of, merge_explained_variance
 from circuitmill.training.monitor import Row
 from circuitmill.training.objective import BatchResult, Moment, coefficients_at, evaluate_batch
+from circuitmill.training.parallel import gradients
+from circuitmill.training.parallel.layout import Layout
 from circuitmill.training.sequences import SequenceBatch, SequenceBatches, parts_of
 from circuitmill.training.state import TrainState
 
@@ -54,7 +58,7 @@ def train(
     state: TrainState,
     batches: Batches | SequenceBatches,
     *,
-    ranks: Ranks,
+    layout: Layout,
     log: Callable[[Row], None],
     checkpoint: Checkpoint,
     advance: Callable[[int], None],
@@ -70,7 +74,7 @@ def train(
         cfg: What to train and how.
         state: Fresh, or restored from a checkpoint.
         batches: Of this rank, normalised.
-        ranks: This process among those that train together.
+        layout: This rank among those that train together.
         log: Takes a row of metrics every `monitor.log_tokens`, with every measurement and at the end; called on all
             ranks with the same numbers, memory and speed apart.
         checkpoint: Stores the state every `checkpoint_tokens` and at the end, and with each value of checkpoint_l0
@@ -87,17 +91,18 @@ def train(
         InterruptedRun: a rank was asked to stop; a checkpoint has been made.
     """
     clock = _Clock()
+    state.n_dead = int(layout.features.total(state.dead(cfg.dead_tokens).sum()))
     with profile.recorded(cfg.monitor.profile_steps, trace) as before_step:
         while state.step < state.last_step(cfg):
             before_step()
+            distributed.note(state.step)
             batch = clock.wait_for(lambda: batches.get(state.step))
-            result, grad_norm = _step(cfg, state, batch, ranks)
-            stopping = _count(cfg, state, result, ranks, asked=stop())
+            result, figures = _step(cfg, state, batch, layout, asked=stop())
             new = state.note_l0(cfg)
             last = state.step >= state.last_step(cfg)
             measuring = measure is not None and (last or _passed(cfg.monitor.heldout_every_tokens, state, cfg))
             if last or measuring or _passed(cfg.monitor.log_tokens, state, cfg):
-                row = _row(cfg, state, result, grad_norm, ranks) | clock.lap(state.step * cfg.batch_tokens)
+                row = _row(cfg, state, result, figures, layout) | clock.lap(state.step * cfg.batch_tokens)
                 if measuring and measure is not None:
                     with clock.stopped(), state.optimizer.evaluating():
                         row |= measure(state)
@@ -105,9 +110,9 @@ def train(
             advance(cfg.batch_tokens)
             for l0 in new:
                 checkpoint(state, l0)
-            if last or stopping or _passed(cfg.checkpoint_tokens, state, cfg):
+            if last or figures.stopping or _passed(cfg.checkpoint_tokens, state, cfg):
                 checkpoint(state)
-            if stopping and not last:
+            if figures.stopping and not last:
                 raise InterruptedRun(
                     f"{cfg.steps} steps",
                     found=f"a request to stop after step {state.step}",
@@ -119,38 +124,61 @@ def train(
 
 
 def _step(
-    cfg: TrainConfig, state: TrainState, batch: Pair | SequenceBatch, ranks: Ranks
-) -> tuple[BatchResult, torch.Tensor]:
-    """One update; returns what the batch gave and the gradient's norm before clipping.
+    cfg: TrainConfig, state: TrainState, batch: Pair | SequenceBatch, layout: Layout, *, asked: bool
+) -> tuple[BatchResult, Figures]:
+    """One update; returns what the batch gave on this rank and its figures over all ranks.
 
     Terms are means over tokens and micro-batches are equally long, so the mean over them is the term of the whole
-    batch. Nonlinearities that rank over a batch (batch_topk, batch_topk_all) rank within each micro-batch.
+    batch. Nonlinearities that rank over a batch (batch_topk, batch_topk_all) rank within each micro-batch, over ranks.
     """
     optimizer, own = state.optimizer, cfg.optimizer
-    moment = Moment((state.step + 1) * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density)
+    moment = Moment((state.step + 1) * cfg.batch_tokens, state.dead(cfg.dead_tokens), state.density, state.n_dead)
+    parts = layout.training(ragged=cfg.end_to_end)
     results = []
     for x, y, whole in parts_of(batch, own.micro_batches):
+
+        def evaluate(x: Tensor = x, y: Tensor = y, whole: SequenceBatch | None = whole) -> tuple[Tensor, BatchResult]:
+            result = evaluate_batch(state.transcoder, x, y, cfg, moment, whole, parts)
+            return result.loss, replace(result, loss=result.loss.detach())
+
         with precision.products(own.precision, x.device):
-            result = evaluate_batch(state.transcoder, x, y, cfg, moment, whole)
-        for name, term in result.terms.items():
-            precision.require_finite(term, f"{name} term of the loss", state.step)
-        optimizer.backward(result.loss / own.micro_batches)
-        results.append(replace(result, loss=result.loss.detach()))
-    # types apart, because they travel as one tensor; in an order that is the same on all ranks
-    for dtype in dict.fromkeys(parameter.dtype for parameter in optimizer.parameters):
-        parallel.average_gradients([p for p in optimizer.parameters if p.dtype == dtype], ranks)
-    grad_norm = optimizer.clip(own.clip_norm)
-    optimizer.step(state.learning_rate(cfg), norm=grad_norm, number=state.step)
-    return _combined(results), grad_norm
+            loss, result = evaluate() if state.divided is None else state.divided(evaluate)
+        optimizer.backward(loss / own.micro_batches)
+        results.append(result)
+    result = _combined(results)
+    optimizer.unscale()
+    counts = torch.cat([result.firings.flatten().float(), result.firings.new_tensor([len(result.y)]).float()])
+    counts = gradients.reduce_gradients(optimizer.names, counts, layout)
+    state.fired(counts[:-1].view_as(state.density).to(state.density.dtype), counts[-1].item(), cfg)
+    figures = figures_of(
+        result,
+        layout,
+        squares=gradients.squares(optimizer.names, state.divides(layout)),
+        n_dead=int(state.dead(cfg.dead_tokens).sum()),
+        asked=asked,
+    )
+    for name, term in figures.terms.items():
+        precision.require_finite(term, f"{name} term of the loss", state.step)
+    optimizer.clip(own.clip_norm, figures.grad_norm)
+    optimizer.step(state.learning_rate(cfg), norm=figures.grad_norm, number=state.step)
+    state.kept(figures.l0, figures.least, cfg)
+    state.n_dead = figures.n_dead
+    state.step += 1
+    return result, figures
 
 
 def _combined(results: list[BatchResult]) -> BatchResult:
     """What the whole batch would have given, from its micro-batches."""
     if len(results) == 1:
         return results[0]
+
+    def mean(of: Callable[[BatchResult], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([of(result)[name] for result in results]).mean() for name in of(results[0])}
+
     return replace(
         results[0],
-        terms={name: torch.stack([result.terms[name] for result in results]).mean() for name in results[0].terms},
+        terms=mean(lambda result: result.terms),
+        weighted=mean(lambda result: result.weighted),
         loss=torch.stack([result.loss for result in results]).mean(),
         y=torch.cat([result.y for result in results]),
         y_hat=torch.cat([result.y_hat for result in results]),
@@ -159,59 +187,39 @@ def _combined(results: list[BatchResult]) -> BatchResult:
     )
 
 
-def _count(cfg: TrainConfig, state: TrainState, result: BatchResult, ranks: Ranks, *, asked: bool) -> bool:
-    """Count a step and what fired in it; returns whether any rank was asked to stop."""
-    # the last elements carry tokens, of which whole sequences have fewer than the batch has by BOS, and the request,
-    # so that all ranks leave after the same step
-    extra = torch.tensor([len(result.y), asked], device=result.firings.device, dtype=result.firings.dtype)
-    counts = parallel.total(torch.cat([result.firings.flatten(), extra]), ranks)
-    firings, n_tokens, stopping = counts[:-2].view_as(result.firings), int(counts[-2]), bool(counts[-1])
-    state.seen(firings, parallel.least(result.least, ranks), cfg, n_tokens)
-    state.step += 1
-    return stopping
-
-
 def _passed(interval: int, state: TrainState, cfg: TrainConfig) -> bool:
     """Whether the last step crossed a multiple of `interval` tokens."""
     return state.step * cfg.batch_tokens // interval > (state.step - 1) * cfg.batch_tokens // interval
 
 
-def _row(
-    cfg: TrainConfig,
-    state: TrainState,
-    result: BatchResult,
-    grad_norm: torch.Tensor,
-    ranks: Ranks,
-) -> Row:
+def _row(cfg: TrainConfig, state: TrainState, result: BatchResult, figures: Figures, layout: Layout) -> Row:
     """Metrics of the batch just seen, over all ranks; explained variance and L0 are from before the update."""
-    transcoder = state.transcoder
-    own = ExplainedVariance(transcoder.n_layers, transcoder.d_model, device=result.y_hat.device)
+    own = ExplainedVariance(state.transcoder.n_layers, state.transcoder.d_model, device=result.y_hat.device)
     own.update(result.y, result.y_hat)
-    ev = parallel.merge_explained_variance(own, ranks)
-    names = list(result.terms)
-    values = torch.stack([result.loss, *result.terms.values()])
-    loss, *terms = parallel.average(values, ranks).tolist()
+    ev = merge_explained_variance(own, layout.data)
     tokens = state.step * cfg.batch_tokens
     row: Row = {
         "step": state.step,
         "tokens": tokens,
-        "loss": loss,
-        **{f"loss_{name}": value for name, value in zip(names, terms, strict=True)},
+        "loss": figures.loss,
+        **{f"loss_{name}": value for name, value in figures.terms.items()},
         "ev": ev.pooled(),
         "ev_per_layer": ev.per_layer().tolist(),
-        "l0": parallel.average(result.l0, ranks).tolist(),
-        "dead": state.dead(cfg.dead_tokens).double().mean().item(),
+        "l0": figures.l0.tolist(),
+        "dead": state.n_dead / (state.transcoder.n_sources * cfg.n_features),
         "lr": state.optimizer.lr,
         "coefficients": coefficients_at(cfg, tokens),
-        "grad_norm": grad_norm.item(),
-        "peak_memory_bytes": _peak_memory(result.y_hat.device),
+        "grad_norm": figures.grad_norm,
+        "peak_memory_bytes": peak_memory(result.y_hat.device),
     }
+    if layout.ranks.size > 1:
+        row["wire_bytes"] = layout.wire_bytes
     if state.optimizer.loss_scale is not None:
         row["loss_scale"] = state.optimizer.loss_scale.scale
     return row
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Most memory that this rank has held so far: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

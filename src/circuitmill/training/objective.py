@@ -3,7 +3,8 @@
 Encoders run once and, if the nonlinearity allows, source by source, so that what is alive at a time stays in the
 processor's cache; decoder norms are computed once; each source is multiplied with all its targets at once.
 
-Terms that need the language model come from whoever runs it (`WholeSequences`), so that nothing here does.
+Terms that need the language model come from whoever runs it (`WholeSequences`), so that nothing here does. Where ranks
+share features or tokens, what is summed and ranked over all of them comes from `core.parts.Parts`.
 """
 
 from collections.abc import Callable, Collection
@@ -15,16 +16,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitmill.config.names import is_import_path
-from circuitmill.config.train import END_TO_END, TrainConfig
-from circuitmill.core.decoders import spans_of
+from circuitmill.config.train import END_TO_END, TOP_K, TrainConfig
 from circuitmill.core.losses import Evaluation, find_term, reconstruction
 from circuitmill.core.nonlinearity import NONLINEARITIES, Nonlinearity, Settings, find_nonlinearity, jumprelu
 from circuitmill.core.operand import Dense, Operand
+from circuitmill.core.parts import WHOLE, Parts, spans_of
+from circuitmill.core.reconstruction import Reconstruction, wide
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
 from circuitmill.kernels import sparse
 from circuitmill.training import schedules
 
+RANKED = tuple(name for name in TOP_K if name != "groupmax")
+"""Nonlinearities that rank a feature among others, which may be elsewhere."""
 Encode = Callable[[int, Float[Tensor, "token d_model"]], Operand]
 """From a source and its normalised inputs to activations, by the nonlinearity that trains."""
 
@@ -42,7 +46,9 @@ class WholeSequences(Protocol):
         """
         ...
 
-    def terms(self, transcoder: Transcoder, encode: Encode, names: Collection[str]) -> dict[str, Float[Tensor, ""]]:
+    def terms(
+        self, transcoder: Transcoder, encode: Encode, names: Collection[str], parts: Parts
+    ) -> dict[str, Float[Tensor, ""]]:
         """End-to-end terms by name, of which the mean over the parts is the term of the whole batch."""
         ...
 
@@ -52,9 +58,13 @@ class BatchResult:
     """Loss and by-products of one batch."""
 
     terms: dict[str, Float[Tensor, ""]]
-    """Unweighted terms, by name."""
+    """Unweighted terms, by name; of the features here if the term is a sum over features."""
+    weighted: dict[str, Float[Tensor, ""]]
+    """The same, times their coefficients."""
+    kinds: dict[str, str]
+    """What each term is."""
     loss: Float[Tensor, ""]
-    """The weighted sum of the terms; what is differentiated."""
+    """The sum of the weighted terms; what is differentiated."""
     y: Float[Tensor, "token layer d_model"]
     """What was to be reconstructed."""
     y_hat: Float[Tensor, "token layer d_model"]
@@ -78,13 +88,15 @@ class Moment:
     """Seen at the end of the step."""
     dead: Bool[Tensor, "source feature"]
     density: Float[Tensor, "source feature"]
+    n_dead: int | None = None
+    """Dead features over all ranks; None if those here are all."""
 
 
-def settings_at(cfg: TrainConfig, tokens: int) -> Settings:
+def settings_at(cfg: TrainConfig, tokens: int, parts: Parts = WHOLE) -> Settings:
     """The nonlinearity's settings after so many tokens."""
     own = cfg.nonlinearity
     k = schedules.interpolate(tokens, start=own.k_start or own.k, final=own.k, over=own.k_ramp_share * cfg.tokens)
-    return Settings(k, own.bandwidth, own.threshold_derivative, own.pass_through)
+    return Settings(k, own.bandwidth, own.threshold_derivative, own.pass_through, parts)
 
 
 def coefficients_at(cfg: TrainConfig, tokens: int) -> dict[str, float]:
@@ -102,6 +114,7 @@ def evaluate_batch(
     cfg: TrainConfig,
     moment: Moment,
     whole: WholeSequences | None = None,
+    parts: Parts = WHOLE,
 ) -> BatchResult:
     """Run a transcoder on a batch of normalised inputs and outputs.
 
@@ -112,17 +125,22 @@ def evaluate_batch(
         cfg: Terms and nonlinearity.
         moment: Of the training.
         whole: The sequences that the tokens are from; end-to-end terms need it.
+        parts: Where other features and other tokens are.
 
     Raises:
         ShapeError: it is needed and missing.
     """
-    batch = evaluation(transcoder, x, y, cfg, moment)
+    batch = evaluation(transcoder, x, y, cfg, moment, parts)
     terms = _terms(batch, cfg, moment, whole)
     coefficients = coefficients_at(cfg, moment.tokens)
-    weighted = [coefficients[name] * term * _balance(name, term, batch, cfg, whole) for name, term in terms.items()]
+    weighted = {
+        name: coefficients[name] * term * _balance(name, term, batch, cfg, whole) for name, term in terms.items()
+    }
     return BatchResult(
         terms={name: term.detach() for name, term in terms.items()},
-        loss=torch.stack(weighted).sum(),
+        weighted={name: term.detach() for name, term in weighted.items()},
+        kinds={name: term.term or name for name, term in cfg.active_terms().items()},
+        loss=torch.stack(list(weighted.values())).sum(),
         y=y,
         y_hat=batch.y_hats[-1].detach(),
         firings=torch.stack([a.firings() for a in batch.a]),
@@ -145,7 +163,8 @@ def _terms(
             fix="train on a source of whole sequences, or leave these terms out",
         )
     if asked and whole is not None:
-        through_model = whole.terms(batch.transcoder, encoder(batch.transcoder, cfg, moment), asked)
+        encode = encoder(batch.transcoder, cfg, moment, batch.parts)
+        through_model = whole.terms(batch.transcoder, encode, asked, batch.parts)
     share = 1.0 if whole is None else whole.share
     return {
         name: through_model[kind] if kind in through_model else share * find_term(kind)(batch, cfg.loss[name])
@@ -170,12 +189,12 @@ def _balance(
         return torch.where(value > 0, target / value, 0.0)
 
 
-def encoder(transcoder: Transcoder, cfg: TrainConfig, moment: Moment) -> Encode:
+def encoder(transcoder: Transcoder, cfg: TrainConfig, moment: Moment, parts: Parts = WHOLE) -> Encode:
     """Activations of one source from the one layer that it reads, as `evaluation` computes them."""
-    row, settings = find_nonlinearity(cfg.nonlinearity.name), settings_at(cfg, moment.tokens)
+    row, settings = find_nonlinearity(cfg.nonlinearity.name), settings_at(cfg, moment.tokens, parts)
 
     def encode(source: int, x: Float[Tensor, "token d_model"]) -> Operand:
-        pre = _wide(transcoder.pre_activations_layer(source, x))
+        pre = wide(transcoder.pre_activations_layer(source, parts.spread(x)))
         return _activated(row, pre, transcoder.log_threshold[source], settings)
 
     return encode
@@ -187,26 +206,31 @@ def evaluation(
     y: Float[Tensor, "token layer d_model"],
     cfg: TrainConfig,
     moment: Moment,
+    parts: Parts = WHOLE,
 ) -> Evaluation:
     """Pre-activations, activations and reconstructions of a batch, ready for terms of the loss."""
-    settings = settings_at(cfg, moment.tokens)
-    spans = spans_of(cfg.architecture.prefixes, cfg.n_features)
-    pre, operands, written = [], [], []
+    settings = settings_at(cfg, moment.tokens, parts)
     row = find_nonlinearity(cfg.nonlinearity.name)
-    if row.scope == "all":
-        pre = [_wide(transcoder.pre_activations_source(source, x)) for source in range(transcoder.n_sources)]
+    # what is ranked over ranks is sent together, for all sources
+    ranked = cfg.nonlinearity.name in RANKED and parts is not WHOLE
+    pre: list[Tensor] = []
+    operands: list[Operand] = []
+    if row.scope == "all" or ranked:
+        pre = [wide(transcoder.pre_activations_source(source, x)) for source in range(transcoder.n_sources)]
         together = row.apply(torch.stack(pre, dim=1), transcoder.log_threshold, settings)
         # somebody else's function may have a gradient where it is zero
         form = Dense if is_import_path(cfg.nonlinearity.name) else _operand
         operands = [form(together[:, source]) for source in range(transcoder.n_sources)]
+    reconstruction = Reconstruction(transcoder, x, spans_of(cfg.architecture.prefixes, cfg.n_features), parts)
     for source in range(transcoder.n_sources):
-        if row.scope == "source":
-            pre.append(_wide(transcoder.pre_activations_source(source, x)))
+        if len(pre) == source:
+            pre.append(wide(transcoder.pre_activations_source(source, x)))
             operands.append(_activated(row, pre[source], transcoder.log_threshold[source], settings))
-        a, own = operands[source], x[:, source]
-        written.append([_wide(transcoder.decoder.written(source, a.within(span), own, span)) for span in spans])
-    y_hats = _reconstructions(transcoder, x, written)
-    return Evaluation(transcoder, x, y, pre, operands, y_hats, settings, moment.dead, moment.density)
+        reconstruction.write(source, operands[source])
+    y_hats = reconstruction.finish()
+    return Evaluation(
+        transcoder, x, y, pre, operands, y_hats, settings, moment.dead, moment.density, n_dead=moment.n_dead
+    )
 
 
 def _activated(
@@ -233,28 +257,6 @@ def _operand(a: Float[Tensor, "token feature"]) -> Operand:
         if entries.flat.shape[0] <= sparse.WORTHWHILE * a.numel():
             return sparse.Sparse(entries, entries.gather(a))
     return Dense(a)
-
-
-def _reconstructions(
-    transcoder: Transcoder,
-    x: Float[Tensor, "token layer d_model"],
-    written: list[list[Float[Tensor, "token _ d_model"]]],
-) -> list[Float[Tensor, "token layer d_model"]]:
-    """What each Matryoshka prefix reconstructs: every stretch of features is decoded once and added to those before.
-
-    The biases and the skip connection are in every prefix.
-    """
-    so_far = [parts[0] for parts in written]
-    found = [transcoder.add_up(so_far, x)]
-    for index in range(1, len(written[0])):
-        so_far = [before + parts[index] for before, parts in zip(so_far, written, strict=True)]
-        found.append(transcoder.add_up(so_far, x))
-    return found
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In float32 at least: products may come in fewer bits, sums and comparisons with thresholds need more."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _least(a: Operand) -> Float[Tensor, ""]:

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.decoders import Untied
 from circuitmill.core.muon import Muon
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError
+from circuitmill.training.parallel.gradients import local
 from circuitmill.training.precision import LossScale, generator_at, require_finite, round_stochastically
 
 _GROUP_STATE = ("k", "weight_sum", "lr_max")
@@ -55,7 +57,7 @@ class Optimizer:
         stand_ins: dict[nn.Parameter, nn.Parameter],
         inner: list[torch.optim.Optimizer],
         *,
-        seed: int,
+        seed: str,
         loss_scale: LossScale | None = None,
         eager: bool = False,
     ) -> None:
@@ -84,17 +86,25 @@ class Optimizer:
         """Add the gradient of a loss to those of the parameters."""
         (loss if self.loss_scale is None else self.loss_scale.scaled(loss)).backward()
 
-    def clip(self, most: float) -> Float[Tensor, ""]:
-        """Scale gradients down to at most this norm over all parameters; once per step.
-
-        Returns:
-            The norm before.
-        """
+    def unscale(self) -> None:
+        """Undo what float16 scaled gradients by; once per step, before anything looks at them."""
         if self.loss_scale is not None:
             self.loss_scale.unscale(self._inner)
-        return nn.utils.clip_grad_norm_(self.parameters, most)
 
-    def step(self, lr: float, *, norm: Float[Tensor, ""], number: int) -> None:
+    @torch.no_grad()
+    def clip(self, most: float, norm: float) -> None:
+        """Scale gradients down to at most this norm.
+
+        Args:
+            most: The limit.
+            norm: Of the gradient, over all parameters and all ranks.
+        """
+        # as torch.nn.utils.clip_grad_norm_ does it
+        factor = min(1.0, most / (norm + 1e-6))
+        if factor < 1.0:
+            torch._foreach_mul_([local(p.grad) for p in self.names if p.grad is not None], factor)
+
+    def step(self, lr: float, *, norm: float, number: int) -> None:
         """One update at this rate; gradients are cleared.
 
         Args:
@@ -184,19 +194,19 @@ class Optimizer:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and state on the CPU: `parameter.<name>`, `optimizer/<key>/<name>` and a few of their own.
+        """Parameters and state on this rank: `parameter.<name>`, `optimizer/<key>/<name>` and a few of their own.
 
-        Averages of schedule_free are the parameters, and y is part of the state.
+        They are not copied. Averages of schedule_free are the parameters, and y is part of the state.
         """
         named: dict[str, Tensor] = {}
         for parameter, name in self.names.items():
             value, average = self._training.get(parameter, parameter.detach()), self._averaged(parameter)
-            named[f"parameter.{name}"] = (value if average is None else average).cpu()
+            named[f"parameter.{name}"] = local(value if average is None else average)
             if average is not None:
-                named[f"optimizer/y/{name}"] = value.cpu()
+                named[f"optimizer/y/{name}"] = value
             for key, entry in self._state(parameter).items():
                 for part, tensor in _parts(entry).items():
-                    named[f"optimizer/{key}{part}/{name}"] = tensor.detach().cpu()
+                    named[f"optimizer/{key}{part}/{name}"] = local(tensor.detach())
         if "weight_sum" in self._inner[0].param_groups[0]:
             groups = [[float(group[key]) for key in _GROUP_STATE] for group in self._inner[0].param_groups]
             named["optimizer.groups"] = torch.tensor(groups, dtype=torch.float64)
@@ -215,11 +225,11 @@ class Optimizer:
                 found.setdefault(name, {})[own] = value
         for parameter, name in self.names.items():
             saved = found.get(name, {})
-            parameter.copy_(saved.pop("y", tensors[f"parameter.{name}"]))
+            local(parameter).copy_(saved.pop("y", tensors[f"parameter.{name}"]))
             held = self._stand_ins.get(parameter, parameter)
             optimizer, group = self._held[held]
             if saved:
-                optimizer.state[held] = _whole(saved, parameter.device, fused=bool(group.get("fused")))
+                optimizer.state[held] = _whole(saved, parameter, fused=bool(group.get("fused")))
         if "optimizer.groups" in tensors:
             for group, row in zip(self._inner[0].param_groups, tensors["optimizer.groups"].tolist(), strict=True):
                 group.update(zip(_GROUP_STATE, (int(row[0]), *row[1:]), strict=True))
@@ -234,9 +244,10 @@ def _parts(entry: Any) -> dict[str, Tensor]:
     return {f".{part}": getattr(entry, part) for part in entry.__tensor_flatten__()[0]}
 
 
-def _whole(saved: dict[str, Tensor], device: torch.device, *, fused: bool) -> dict[str, Tensor]:
+def _whole(saved: dict[str, Tensor], parameter: nn.Parameter, *, fused: bool) -> dict[str, Tensor]:
     """The state of one parameter from plain tensors."""
     state: dict[str, Tensor] = {}
+    device = parameter.device
     for key, value in saved.items():
         own, _, part = key.partition(".")
         if part:
@@ -246,8 +257,22 @@ def _whole(saved: dict[str, Tensor], device: torch.device, *, fused: bool) -> di
             state[own] = numbers(*values, signed, torch.float32)
         else:
             # optimizers that are not fused count steps on the CPU
-            state[own] = value.to("cpu" if own == "step" and not fused else device, copy=True)
+            state[own] = _like(parameter, value.to("cpu" if own == "step" and not fused else device, copy=True))
     return state
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Rows of a divided whole, if they are those of a parameter that is divided."""
+    if not isinstance(parameter.data, DTensor) or value.shape != local(parameter.data).shape:
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.data.device_mesh,
+        parameter.data.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 @dataclass(frozen=True)
@@ -264,8 +289,13 @@ class _Trained:
         return [parameter for stack in self.stacks.values() for parameter in stack]
 
 
-def make_optimizer(transcoder: Transcoder, cfg: TrainConfig) -> Optimizer:
+def make_optimizer(transcoder: Transcoder, cfg: TrainConfig, salt: int = 0) -> Optimizer:
     """The optimizer of this configuration over all parameters that require a gradient.
+
+    Args:
+        transcoder: Has them.
+        cfg: Of the training.
+        salt: Of random rounding; another one for ranks with other features.
 
     Raises:
         ConfigError: a package that it needs is missing, or an option does not fit it.
@@ -287,7 +317,7 @@ def make_optimizer(transcoder: Transcoder, cfg: TrainConfig) -> Optimizer:
         names,
         stand_ins,
         _inner(trained, cfg),
-        seed=cfg.seed,
+        seed=f"{cfg.seed}/{salt}" if salt else str(cfg.seed),
         loss_scale=LossScale(device) if cfg.optimizer.precision == "fp16" else None,
         # torchao compiles its update; without a GPU there may be no compiler, and less to gain
         eager=cfg.optimizer.name == "adam8bit" and device.type == "cpu",

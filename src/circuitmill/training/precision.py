@@ -12,6 +12,7 @@ factors are few and stay in float32; so do parameters that are not trained.
 """
 
 import hashlib
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -55,7 +56,7 @@ def store_matrices(transcoder: Transcoder, cfg: TrainConfig) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def generator_at(seed: int, step: int, device: torch.device) -> torch.Generator:
+def generator_at(seed: str, step: int, device: torch.device) -> torch.Generator:
     """The random numbers of one step: the same on all ranks, and after resuming."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
@@ -101,7 +102,7 @@ class LossScale:
         for optimizer in optimizers:
             self._scaler.unscale_(optimizer)
 
-    def accepts(self, norm: Float[Tensor, ""], step: int) -> bool:
+    def accepts(self, norm: float, step: int) -> bool:
         """Whether to make the update; adapts the factor.
 
         Args:
@@ -111,7 +112,7 @@ class LossScale:
         Raises:
             DivergedError: too many updates in a row were left out.
         """
-        finite = bool(torch.isfinite(norm))
+        finite = math.isfinite(norm)
         self._scaler.update()
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped >= SKIPPED:
@@ -135,16 +136,16 @@ class LossScale:
         self._skipped = int(skipped)
 
 
-def require_finite(value: Float[Tensor, ""], name: str, step: int) -> None:
+def require_finite(value: float, name: str, step: int) -> None:
     """Stop before an update that would spoil the parameters.
 
     Raises:
         DivergedError: the value is not finite.
     """
-    if not torch.isfinite(value):
+    if not math.isfinite(value):
         raise DivergedError(
             f"a finite {name}",
-            found=f"{value.item()} at step {step}",
+            found=f"{value} at step {step}",
             where="train",
             fix="lower train.lr or the coefficients of train.loss; the last checkpoint is from before this step",
         )

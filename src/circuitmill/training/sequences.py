@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitmill.config.train import TrainConfig
+from circuitmill.core.parts import Parts
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.distributed import Ranks
 from circuitmill.errors import ConfigError
 from circuitmill.training.batches import Pair
 from circuitmill.training.objective import Encode
+from circuitmill.training.parallel.collectives import Group
 
 
 @runtime_checkable
@@ -38,7 +39,7 @@ class FrozenModel(Protocol):
         ...
 
     def terms(
-        self, transcoder: Transcoder, encode: Encode, original: Any, names: Collection[str]
+        self, transcoder: Transcoder, encode: Encode, original: Any, names: Collection[str], parts: Parts
     ) -> dict[str, Float[Tensor, ""]]:
         """Means by name, with gradients to the transcoder."""
         ...
@@ -79,10 +80,12 @@ class SequenceBatch:
         """Tokens here, relative to an equal share."""
         return self._counts[0] / self.mean_tokens
 
-    def terms(self, transcoder: Transcoder, encode: Encode, names: Collection[str]) -> dict[str, Float[Tensor, ""]]:
+    def terms(
+        self, transcoder: Transcoder, encode: Encode, names: Collection[str], parts: Parts
+    ) -> dict[str, Float[Tensor, ""]]:
         """End-to-end terms by name, of which the mean over equal shares is the term of the global batch."""
         shares = {"kl": self.share, "cross_entropy": self._counts[1] / self.mean_predicted}
-        means = self.lm.terms(transcoder, encode, self._original, names)
+        means = self.lm.terms(transcoder, encode, self._original, names, parts)
         return {name: shares[name] * mean for name, mean in means.items()}
 
     def parts(self, number: int) -> "Iterator[SequenceBatch]":
@@ -136,21 +139,21 @@ class SequenceBatches:
         sequences: Token ids of the train split.
         lm: Reads them.
         cfg: Seed and sizes.
-        ranks: This process among those that share a batch.
+        share: This rank among those that have other sequences of a batch.
 
     Raises:
         ConfigError: sequences and ranks do not divide a batch, or there are fewer sequences than a batch has.
     """
 
     def __init__(
-        self, sequences: Int[np.ndarray, "sequence pos"], lm: FrozenModel, cfg: TrainConfig, ranks: Ranks
+        self, sequences: Int[np.ndarray, "sequence pos"], lm: FrozenModel, cfg: TrainConfig, share: Group
     ) -> None:
         self._sequences, self._lm, self._seed = sequences, lm, cfg.seed
         count, context = sequences.shape
-        unit = context * ranks.size
+        unit = context * share.size
         if cfg.batch_tokens % unit:
             raise ConfigError(
-                f"a multiple of {unit} (whole sequences of {context} tokens for each of {ranks.size} ranks)",
+                f"a multiple of {unit} (whole sequences of {context} tokens for each of {share.size} ranks)",
                 found=cfg.batch_tokens,
                 where="train.batch_tokens",
                 fix="round it to such a multiple: end-to-end terms are of whole sequences",
@@ -163,8 +166,8 @@ class SequenceBatches:
                 where="train.batch_tokens",
                 fix="use smaller batches or cache more tokens",
             )
-        share = self._size // ranks.size
-        self._rows, self._n_ranks = slice(ranks.rank * share, (ranks.rank + 1) * share), ranks.size
+        own = self._size // share.size
+        self._rows, self._n_ranks = slice(share.index * own, (share.index + 1) * own), share.size
         self.n_batches_per_epoch = count // self._size
         self._order: tuple[int, Int[np.ndarray, " sequence"]] | None = None
 

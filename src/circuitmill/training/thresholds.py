@@ -12,6 +12,7 @@ from circuitmill.core.conversion import ThresholdCalibration, feature_thresholds
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.training.batches import Pair
 from circuitmill.training.objective import Moment, evaluation
+from circuitmill.training.parallel.layout import Layout, alone
 
 WITH_THRESHOLDS = ("relu", "jumprelu")
 """Nonlinearities whose features have thresholds of their own while training."""
@@ -19,7 +20,7 @@ WITH_THRESHOLDS = ("relu", "jumprelu")
 
 @torch.no_grad()
 def kept_thresholds(
-    transcoder: Transcoder, batches: Sequence[Pair], cfg: TrainConfig, moment: Moment
+    transcoder: Transcoder, batches: Sequence[Pair], cfg: TrainConfig, moment: Moment, layout: Layout | None = None
 ) -> Float[Tensor, " source"] | Float[Tensor, "source feature"]:
     """One threshold per source if the nonlinearity ranks over a batch, else one per feature.
 
@@ -28,11 +29,12 @@ def kept_thresholds(
         batches: Held-out inputs and outputs, of the size of a training batch.
         cfg: Of the training.
         moment: Of the training; a schedule of k is where it then is.
+        layout: Of ranks that share features, all of which must come here with the same batches; None is one rank.
 
     Raises:
         DivergedError: nothing fires.
     """
-    own = cfg.nonlinearity
+    own, layout = cfg.nonlinearity, layout or alone(transcoder.n_features)
     tokens = sum(len(x) for x, _ in batches)
     groups = transcoder.n_sources if own.name == "batch_topk_all" else 1
     shared = ThresholdCalibration(
@@ -40,11 +42,11 @@ def kept_thresholds(
     )
     firings = torch.zeros_like(transcoder.log_threshold, dtype=torch.int64)
     for x, y in batches:
-        batch = evaluation(transcoder, x, y, cfg, moment)
+        batch = evaluation(transcoder, x, y, cfg, moment, layout.measuring)
         counts = torch.stack([a.firings() for a in batch.a])
         firings += counts
         if own.name in OVER_TOKENS:
-            shared.update(batch.pre, counts.sum(dim=1).tolist())
+            shared.update(batch.pre, layout.features.total(counts.sum(dim=1)).tolist())
     if own.name in OVER_TOKENS:
-        return shared.thresholds()
+        return shared.thresholds(layout.features.gather)
     return feature_thresholds(transcoder, torch.cat([x for x, _ in batches]), firings)

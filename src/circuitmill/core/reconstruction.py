@@ -1,0 +1,85 @@
+"""What features write, added up: over sources, over Matryoshka prefixes and over shards of features."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitmill.core.operand import Operand
+from circuitmill.core.parts import Parts
+from circuitmill.core.transcoder import Transcoder
+
+
+class Reconstruction:
+    """Takes in one source after the other.
+
+    Every stretch of features is decoded once and added to those before it; biases and the skip connection are in every
+    prefix. Sums over shards are sent in one piece at the end or, if `parts` overlaps, by layer as soon as all sources
+    that write to the layer are in.
+
+    Args:
+        transcoder: Its features are those of this shard.
+        x: What it reads.
+        spans: Stretches between Matryoshka prefixes, of the features of all shards.
+        parts: Where the other shards are.
+    """
+
+    def __init__(
+        self, transcoder: Transcoder, x: Float[Tensor, "token layer d_model"], spans: Sequence[slice], parts: Parts
+    ) -> None:
+        self._coder, self._x, self._parts = transcoder, x, parts
+        self._spans = [parts.within(span) for span in spans]
+        self._written: list[list[Tensor]] = []
+        """By source: what its features up to each prefix write, [token target d_model]."""
+        self._arriving: dict[int, Callable[[], Tensor]] = {}
+
+    def write(self, source: int, a: Operand) -> None:
+        """The next source's activations."""
+        found: list[Tensor] = []
+        for span in self._spans:
+            now = self._stretch(source, a, span)
+            found.append(now if not found else found[-1] + now)
+        self._written.append(found)
+        if self._parts.overlap:
+            for layer in self._completed(source):
+                self._arriving[layer] = self._parts.begin(torch.stack(self._layer(layer)))
+
+    def _stretch(self, source: int, a: Operand, span: slice) -> Float[Tensor, "token target d_model"]:
+        targets = self._coder.topology.writes[source]
+        if span.start is not None and span.start == span.stop:
+            return self._x.new_zeros((len(self._x), len(targets), self._coder.d_model))
+        return wide(self._coder.decoder.written(source, a.within(span), self._x[:, source], span))
+
+    def _completed(self, source: int) -> list[int]:
+        """Layers that no later source writes to."""
+        writes = self._coder.topology.writes
+        return [layer for layer in writes[source] if not any(layer in later for later in writes[source + 1 :])]
+
+    def _layer(self, layer: int) -> list[Float[Tensor, "token d_model"]]:
+        """What the shard writes to a layer, by prefix."""
+        writers = [
+            (written, targets.index(layer))
+            for written, targets in zip(self._written, self._coder.topology.writes, strict=False)
+            if layer in targets
+        ]
+        parts = [[written[prefix][:, index] for written, index in writers] for prefix in range(len(self._spans))]
+        return [sum(found[1:], start=found[0]) for found in parts]
+
+    def finish(self) -> list[Float[Tensor, "token layer d_model"]]:
+        """The reconstruction by each prefix."""
+        if self._arriving:
+            layers = [self._arriving[layer]() for layer in range(self._coder.n_layers)]
+            whole = torch.stack(layers, dim=2)
+        else:
+            partial = [
+                self._coder.collected([written[prefix] for written in self._written])
+                for prefix in range(len(self._spans))
+            ]
+            whole = self._parts.total(torch.stack(partial))
+        return [self._coder.with_biases(one, self._x) for one in whole]
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least: products may come in fewer bits, sums and comparisons with thresholds need more."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,13 @@
+"""How the ranks of a training share its work, beside the model and not in it.
+
+| module | what |
+|---|---|
+| layout | strategies: which tokens and which features a rank has |
+| collectives | everything that is sent, and how many bytes that is |
+| shards | sums and rankings over ranks, as `core.parts` asks for them |
+| gradients | gradients and their norm over ranks |
+| cut | a shard of a transcoder, and the whole from its shards |
+| placement | a state in a checkpoint, whatever the layout it was saved from |
+| fsdp | parameters, gradients and optimizer divided between steps |
+| plan | memory and bytes on the wire, before anything is started |
+"""

@@ -2,7 +2,6 @@
 
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -55,7 +54,11 @@ def test_usr1_sets_no_limit():
     ("made", "code", "words"),
     [
         (record((0, 0), (1, 0)), 0, ""),
-        (record((0, 75), (1, 75)), 75, "(pid 100) ended with exit code 75, as all others here: run the same command"),
+        (
+            record((0, 75), (1, 75)),
+            75,
+            "(pid 100) ended with exit code 75, as all others here: run the same command again to continue",
+        ),
         (record((1, -9), (0, 1)), 1, "(pid 101) was killed by SIGKILL"),
         (record((1, 2), (0, 1)), 2, "(pid 101) ended with exit code 2"),
         (record((0, 1), (1, 1), blamed=[3]), 1, "(pid 100) ended with exit code 1, after rank 3 on another node"),
@@ -63,7 +66,6 @@ def test_usr1_sets_no_limit():
     ],
 )
 def test_ending(made: _Record, code: int, words: str):
-    workers = [SimpleNamespace(global_rank=rank, id=100 + rank) for rank in (0, 1)]
-    agent = SimpleNamespace(record=made, get_worker_group=lambda: SimpleNamespace(workers=workers))
-    ending = _ending.__wrapped__(agent) if hasattr(_ending, "__wrapped__") else _ending(agent)
-    assert ending.code == code and ending.text.endswith(words) if words else ending == Ending()
+    ending = _ending(made, {0: 100, 1: 101})
+    assert ending.code == code
+    assert ending.text.endswith(words) and (ending == Ending()) == (code == 0)

@@ -178,7 +178,7 @@ def run(arguments: list[str], *, stop_s: float, last_words_s: float) -> Ending:
         agent.run()
     except SignalException as error:
         return Ending(1, f"ended the ranks of {socket.gethostname()} because of {error.sigval.name}")
-    return _ending(agent)
+    return _ending(record, {worker.global_rank: worker.id for worker in agent.get_worker_group().workers})
 
 
 def _agent(config: LaunchConfig, program: Any, arguments: list[str], record: _Record) -> Agent:
@@ -215,13 +215,11 @@ def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _ending(agent: Agent) -> Ending:
-    record = agent.record
+def _ending(record: _Record, pids: dict[int, int]) -> Ending:
     first = record.first()
     if first is None:
         return Ending()
     rank, code = first
-    pids = {worker.global_rank: worker.id for worker in agent.get_worker_group().workers}
     elsewhere = [other for other in record.blamed if other not in record.ended]
     after = f", after rank {elsewhere[0]} on another node" if elsewhere else ""
     text = f"rank {rank} on {socket.gethostname()} (pid {pids[rank]}) "

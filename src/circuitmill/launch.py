@@ -10,6 +10,7 @@ to say what they know of it. Nothing is ever started again here: that is the sch
 
 import logging
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,9 @@ STOP_S = 120.0
 """Seconds that ranks have to write a checkpoint and leave after SIGTERM or SIGINT, or once one of them has left so."""
 LAST_WORDS_S = 45.0
 """Seconds that ranks have to leave by themselves once one has failed; longer than they need to miss a heartbeat."""
+
+_GPUS = re.compile(r"\bgpu(:[a-zA-Z][\w.]*)?(:(?P<number>\d+))?(,|$)")
+"""In Slurm's word for what a job has on each node: gpu, gpu:4, gpu:a100:4."""
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +115,8 @@ def ranks_per_node(resources: Mapping[str, Any]) -> int:
     Args:
         resources: Of the job, by Snakemake's names: gpu on one node, gres on several.
     """
-    per_node = str(resources.get("gres", "")).rpartition("gpu:")[2].rpartition(":")[2]
-    return int(per_node or 0) or max(1, resources.get("gpu", 0))
+    found = _GPUS.search(str(resources.get("gres", "")))
+    return max(1, resources.get("gpu", 0) if found is None else int(found["number"] or 1))
 
 
 def srun(resources: Mapping[str, Any]) -> str:

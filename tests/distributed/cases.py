@@ -45,6 +45,8 @@ def _case(name: str = "jumprelu", k: float = 0.0, **changes: Any) -> TrainConfig
             "dead_tokens": 480,
             "nonlinearity": NonlinearityConfig(name, bandwidth=0.5, k=k, calibration_tokens=64),
             "loss": LOSS if name == "jumprelu" else TOP_K_LOSS,
+            # of a top-k kind: so that there are more positive pre-activations than it keeps
+            "init": dataclasses.replace(tiny().init, encoder_bias="firing_rate" if name == "jumprelu" else "zero"),
         }
         | changes
     )
@@ -53,7 +55,7 @@ def _case(name: str = "jumprelu", k: float = 0.0, **changes: Any) -> TrainConfig
 MATRYOSHKA = ArchitectureConfig(prefixes=(3, 9, N_FEATURES))
 CASES: dict[str, TrainConfig] = {
     "jumprelu": _case(),
-    "topk": _case("topk", k=4.0),
+    "topk": _case("topk", k=2.0),
     "token_topk": _case("token_topk", k=3.5),
     "batch_topk": _case("batch_topk", k=3.25),
     "batch_topk_all": _case("batch_topk_all", k=3.25),

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from tests.training.helpers import ONE, Memory, scaling, tiny
+from tests.training.helpers import Memory, scaling, tiny
 from tests.training.kinds import KINDS, kind, same_state
 
 from circuitmill.core.muon import orthogonalised
 from circuitmill.training import precision
 from circuitmill.training.batches import Batches
 from circuitmill.training.loop import train
+from circuitmill.training.parallel.layout import alone
 from circuitmill.training.state import TrainState, start
 
 pytestmark = [
@@ -35,7 +36,7 @@ def run(cfg, state=None, **hooks):
     state = state or beginning(cfg)
     defaults = {"log": rows.append, "checkpoint": lambda state, l0=None: None, "trace": None}
     with data(cfg) as batches:
-        train(cfg, state, batches, ranks=ONE, advance=lambda tokens: None, stop=lambda: False, **(defaults | hooks))
+        train(cfg, state, batches, layout=alone(cfg.n_features), advance=lambda tokens: None, stop=lambda: False, **(defaults | hooks))
     return state, rows
 
 

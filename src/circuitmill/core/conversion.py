@@ -92,13 +92,14 @@ class ThresholdCalibration:
         """
         found = []
         for source, (parts, wanted) in enumerate(zip(self._positive, self._wanted, strict=True)):
-            values = torch.cat([*parts, parts[0].new_zeros(wanted + 1)])
+            padding = torch.zeros(wanted + 1, device=parts[0].device if parts else None)
+            values = torch.cat([*parts, padding])
             values = gather(values.topk(wanted + 1).values).flatten().topk(wanted + 1).values
             n_positive = int((values > 0).sum())
             if not 0 < wanted <= n_positive:
                 raise DivergedError(
                     "features that fire on held-out tokens",
-                    found=f"{wanted} places kept, {n_positive} above zero",
+                    found=f"{wanted} places kept" + (f", {n_positive} above zero" if wanted else ""),
                     where=f"source {source} of the transcoder",
                     fix="train longer, or with a larger train.nonlinearity.k",
                 )

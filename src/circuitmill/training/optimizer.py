@@ -205,8 +205,8 @@ class Optimizer:
             if average is not None:
                 named[f"optimizer/y/{name}"] = value
             for key, entry in self._state(parameter).items():
-                for part, tensor in _parts(entry).items():
-                    named[f"optimizer/{key}{part}/{name}"] = local(tensor.detach())
+                for part, tensor in _parts(local(entry)).items():
+                    named[f"optimizer/{key}{part}/{name}"] = tensor.detach()
         if "weight_sum" in self._inner[0].param_groups[0]:
             groups = [[float(group[key]) for key in _GROUP_STATE] for group in self._inner[0].param_groups]
             named["optimizer.groups"] = torch.tensor(groups, dtype=torch.float64)

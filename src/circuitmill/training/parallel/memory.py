@@ -109,7 +109,7 @@ def memory(
     before = gradients if cfg.optimizer.micro_batches > 1 else 0
     bound = cfg.init.encoder_bias == "firing_rate" and not cfg.base
     moments = {
-        "start": weights + batch + (3 * FLOAT * cfg.batch_tokens * n_features if bound else 0),
+        "start": weights + pass_.unsharded + batch + (3 * FLOAT * cfg.batch_tokens * n_features if bound else 0),
         "forward": base + before + pass_.forward(),
         "backward": base + before + pass_.backward(),
         "reduction": base + gradients + pass_.reduction(),
@@ -164,8 +164,8 @@ class _Pass:
         """Parameters as they are while a batch is worked on."""
 
     @property
-    def _unsharded(self) -> int:
-        """What fully_shard gathers for the passes."""
+    def unsharded(self) -> int:
+        """What fully_shard divides at the start, and gathers for the passes."""
         return sum(stored_bytes(p, self.cfg) for p in self._whole) if self.division.strategy == "fsdp" else 0
 
     def _rounded(self) -> float:
@@ -185,14 +185,14 @@ class _Pass:
         own = self.kept
         while_evaluated = self.n_sources * own.forward + sum(self._written) + 3 * self._outputs
         in_terms = self.n_sources * own.forward + own.forward_moment + 4 * self._outputs
-        gathered = self._unsharded
+        gathered = self.unsharded
         return gathered + max(
             gathered, self._rounded() + max(self.n_sources * self._at_once, while_evaluated, in_terms)
         )
 
     def backward(self) -> float:
         """Source after source, the last one first."""
-        own, gathered = self.kept, self._unsharded
+        own, gathered = self.kept, self.unsharded
         weighs = not self.cfg.active_kinds().isdisjoint(("tanh_sparsity", "l1"))
         blocks = [stored_bytes(p, self.cfg) for p in self._whole if p.own_blocks and p.trained]
         others = [stored_bytes(p, self.cfg) for p in self._whole if not p.own_blocks and p.trained]

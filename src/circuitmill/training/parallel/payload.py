@@ -6,13 +6,14 @@
 | reconstructions | the same | prefixes x tokens x layers x d_model, in the type of the wire |
 | rankings | the same; those over tokens also ranks that share a batch | rows x (k + 1), in float32 |
 | target l0 | ranks that share features | features that fire, by source and token, in the type of the wire |
-| language model | the same, with end-to-end terms | what replaces each MLP, and its gradient |
+| language model | ranks that share features, with end-to-end terms | what replaces each MLP, and its gradient |
 | shared gradients | the same | of the second halves of low-rank decoders |
 | gradients | ranks that share a batch | of all that is here, with counts of firing in float32 |
 | figures | all | two numbers per term of the loss, two per source and a few more, in float64 |
 
 Only if features are dead: the strongest ones are ranked, and what they explain is added up. Only with a row of metrics:
 explained variance. Places are sent besides where equal numbers compete for a rank, which activations hardly do.
+With end-to-end terms there are twice as many rankings, and BOS is counted here, of which nothing is sent.
 
 With fsdp torch itself gathers parameters and scatters gradients. `Group` does not see that; it is counted here as what
 goes in, like the rest.
@@ -91,8 +92,9 @@ def payload(cfg: TrainConfig, shape: Shape, census: Census, division: Division, 
             step["shared gradients"] = sum(stored_bytes(p, cfg) for p in shared)
         for name, term in cfg.active_terms().items():
             if (term.term or name) == "auxiliary":
-                dead["rankings of dead features"] = n_sources * tokens * ((term.k or 1) + 1) * _FLOAT
-                dead["explained by dead features"] = tokens * layer * wide
+                more = {"rankings of dead features": n_sources * tokens * ((term.k or 1) + 1) * _FLOAT}
+                more["explained by dead features"] = tokens * layer * wide
+                dead = {what: dead.get(what, 0) + size for what, size in more.items()}
     ranked = _rankings(cfg, division, n_sources, tokens)
     if ranked:
         step["rankings"] = ranked
@@ -120,9 +122,11 @@ def _rankings(cfg: TrainConfig, division: Division, n_sources: int, tokens: int)
         "batch_topk_all": (parts, own.k * over_all * n_sources, True),
     }[own.name]
     groups = (division.feature_ranks > 1) + (over_tokens and division.data_ranks > 1)
-    # with end-to-end terms ranks have unequal numbers of tokens and tell each other how many
-    ragged = parts * _INT if over_tokens and cfg.end_to_end and division.data_ranks > 1 else 0
-    return groups * rows * (round(k) + 1) * _FLOAT + ragged
+    # the language model reads what is kept, source by source, after the other terms have asked for all at once
+    passes, asked = (2, 1 + n_sources) if cfg.end_to_end else (1, 0)
+    # and ranks have unequal numbers of tokens, and tell each other how many
+    ragged = parts * asked * _INT if over_tokens and division.data_ranks > 1 else 0
+    return passes * groups * rows * (round(k) + 1) * _FLOAT + ragged
 
 
 def _gradients(cfg: TrainConfig, census: Census, division: Division) -> dict[str, int]:

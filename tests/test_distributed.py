@@ -116,6 +116,15 @@ def test_a_failed_collective_is_put_down_to_the_rank_that_failed_first(text: str
     assert error.fix == "mend it" and made._heart.reported is None
 
 
+def test_an_error_of_ours_that_a_failed_collective_led_to_is_put_down_too():
+    made = watch()
+    made._heart.failure = FAILURE
+    ours = StoreError("all ranks at the checkpoint", found=READ_ERROR, where="c", fix="d")
+    assert made._explained(ours) is None
+    ours.__cause__ = RuntimeError(READ_ERROR)
+    assert isinstance(made._explained(ours), RankError)
+
+
 def test_a_failed_collective_is_put_down_to_ranks_that_are_not_heard_of():
     made = watch(4)
     del made._heart.others[3]

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from circuitmill import heartbeat
-from circuitmill.errors import CircuitmillError, InterruptedRun, RankError
+from circuitmill.errors import InterruptedRun, RankError
 from circuitmill.heartbeat import Beat, Failure, Heart
 
 TIMEOUT_S = 600.0
@@ -171,10 +171,14 @@ def _at(step: int | str) -> str:
     return f"step {step}" if isinstance(step, int) else str(step)
 
 
-def _from_collective(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and _OF_COLLECTIVE.search(str(error)) is not None
-    )
+def _of_collective(error: BaseException | None) -> str | None:
+    """What a collective said that failed, if that is the error or what it was raised from."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_COLLECTIVE.search(text)):
+            return text
+        error = error.__cause__
+    return None
 
 
 class _Watch:
@@ -228,7 +232,8 @@ class _Watch:
 
     def _explained(self, error: BaseException) -> RankError | None:
         """What another rank has to do with an error; without one to blame it is reported as this rank's own."""
-        if not isinstance(error, CircuitmillError) and _from_collective(error):
+        text = _of_collective(error)
+        if text is not None:
             for _ in range(_MISSED_AFTER_FAILURE + 2):
                 if self._heart.failure is not None:
                     return self._error(self._heart.failure)
@@ -237,7 +242,7 @@ class _Watch:
                 if self._heart.lost is not None:
                     return self._lost()
                 time.sleep(self._beat_s)
-            if _TIMED_OUT.search(str(error)):
+            if _TIMED_OUT.search(text):
                 what = f"all ranks alive, but rank {self._ranks.rank} waited in vain: {self._table()}"
                 expected = f"every rank at the same collective within {_Here.timeout_s:g} s"
                 fix = f"see what the last of them was doing, or raise train.parallel.timeout_s; {_AGAIN}"

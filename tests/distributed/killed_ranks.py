@@ -40,10 +40,10 @@ TRAININGS: dict[str, TrainConfig] = {
 }
 GROUPS = {
     "single": (1, ("adam", "bf16"), 10),
-    "ddp": (2, ("adam", "schedule_free"), 10),
-    "features": (2, ("adam", "bf16"), 10),
-    "fsdp": (2, ("adam", "adamw"), 5),
-    "mesh": (4, ("adam",), 5),
+    "ddp": (2, ("adam", "schedule_free"), 5),
+    "features": (2, ("adam", "bf16"), 5),
+    "fsdp": (2, ("adam", "adamw"), 2),
+    "mesh": (4, ("adam",), 2),
 }
 """Ranks, trainings, and kills of each training."""
 

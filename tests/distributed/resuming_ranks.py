@@ -24,26 +24,30 @@ from circuitmill.core.codecs import StoredBatch
 from circuitmill.distributed import Ranks
 from circuitmill.errors import InterruptedRun
 from circuitmill.stages import train as stage
-from circuitmill.stores.checkpoints import Checkpoints
+from circuitmill.stores.checkpoints import Checkpoints, Saved
 from circuitmill.training.batches import Batches
 from circuitmill.training.monitor import read_metrics
 from circuitmill.training.parallel.layout import Layout
+from circuitmill.training.parallel.placement import Placement
+from circuitmill.training.state import TrainState
 
 LIMIT = datetime.timedelta(seconds=120)
+_restore = stage._restore
 NOT_REPEATED = ("tokens_per_second", "data_wait_share", "peak_memory_bytes", "wire_bytes")
 """Keys of a row that are about the process."""
 Tensors = dict[str, torch.Tensor]
 
 
 def variant(case: str, steps: int, **optimizer: Any) -> TrainConfig:
-    """A case with a row of metrics per step, held-out figures, and some checkpoints."""
+    """A case with a row of metrics per step, held-out figures, some checkpoints, and features that are dead soon."""
     cfg = CASES[case]
     return replace(
         cfg,
         tokens=steps * BATCH,
         warmup_tokens=4 * BATCH,
-        dead_tokens=8 * BATCH,
+        dead_tokens=4 * BATCH,
         checkpoint_tokens=5 * BATCH,
+        checkpoint_l0=(5.0, 4.3),
         monitor=MonitorConfig(log_tokens=BATCH, heldout_tokens=2 * BATCH, heldout_every_tokens=7 * BATCH),
         optimizer=replace(cfg.optimizer, **optimizer),
     )
@@ -104,6 +108,8 @@ class Orders:
     """These ranks."""
     doing: Any = None
     """Shared with the parent: the step that each rank is at."""
+    copy: Path | None = None
+    """Where the state is saved again as soon as it has been read."""
 
 
 def train(cfg: TrainConfig, layout: Layout, folder: Path, orders: Orders) -> None:
@@ -123,7 +129,14 @@ def train(cfg: TrainConfig, layout: Layout, folder: Path, orders: Orders) -> Non
         def __bool__(self) -> bool:
             return at + 1 == orders.stop_after
 
-    distributed.note, stage.StopRequest = note, Stop
+    def restore(state: TrainState, saved: Saved, layout: Layout) -> None:
+        _restore(state, saved, layout)
+        if orders.copy is not None:
+            place = {"rank": rank, "size": layout.ranks.size, "group": layout.background}
+            with Checkpoints(orders.copy, keep=1, **place) as again:
+                again.save(state.step, Placement(state.transcoder, layout).entries(state.tensors()))
+
+    distributed.note, stage.StopRequest, stage._restore = note, Stop, restore
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_default_dtype(torch.float64 if orders.exact else torch.float32)
     data: Any = Data(folder / f"asked-{orders.number}-{rank}", exact=orders.exact)
@@ -193,7 +206,8 @@ def rows(folder: Path) -> list[dict]:
 
 
 def last_state(folder: Path) -> Tensors:
-    saved = Checkpoints(folder / "checkpoints", keep=2).last()
+    """Whole tensors of the newest checkpoint of a folder of checkpoints."""
+    saved = Checkpoints(folder, keep=2).last()
     assert saved is not None
     return saved.read_all()
 

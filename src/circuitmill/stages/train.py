@@ -45,6 +45,7 @@ from circuitmill.training.parallel.choose import choose
 from circuitmill.training.parallel.cut import join
 from circuitmill.training.parallel.layout import Layout
 from circuitmill.training.parallel.placement import Placement
+from circuitmill.training.parallel.plan import Estimate
 from circuitmill.training.sequences import SequenceBatches
 from circuitmill.training.state import TrainState, start
 from circuitmill.training.thresholds import WITH_THRESHOLDS, kept_thresholds
@@ -88,10 +89,12 @@ def run(
         inputs["base"] = load_manifest(base, "train")
     normalization = load_normalization(inputs["cache"].checked_file(NORMALIZATION))
     data = TrainData(inputs, normalization.scaling(cfg.scaling))
-    layout = _layout(cfg, data, ranks)
+    layout, planned = _layout(cfg, data, ranks)
     output = StageOutput("train", cfg, inputs, out, keep=(WANDB, PROFILE)) if ranks.first else None
     layout.world.wait()  # until rank 0 has cleared what another configuration left
     state, ended = _train(cfg, data, out, layout)
+    if ranks.first:
+        _compare(planned, read_metrics(out / METRICS))
     whole = _whole(cfg, state, data, layout)
     if output is not None and whole is not None:
         trained = merged(whole) if cfg.adapter_rank else whole
@@ -101,7 +104,7 @@ def run(
     return load_manifest(out / "manifest.json", "train")
 
 
-def _layout(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> Layout:
+def _layout(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> tuple[Layout, Estimate]:
     """What the configuration names, or what fits.
 
     Raises:
@@ -109,6 +112,14 @@ def _layout(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> Layout:
     """
     n_layers, d_model = data.scaling.input_scale.shape
     return choose(cfg, Shape(n_layers, d_model), ranks, device=distributed.device())
+
+
+def _compare(planned: Estimate, rows: list[Row]) -> None:
+    """Say what the training needed, beside what was planned."""
+    _log.info("peak memory %.2f GB (planned %.2f)", rows[-1]["peak_memory_bytes"] / 1e9, planned.total / 1e9)
+    sent = rows[-1].get("wire_bytes_per_step")
+    if sent is not None:
+        _log.info("%.0f bytes sent per step (planned %s)", sent, planned.payload.most)
 
 
 def _require_base(cfg: TrainConfig, base: Path | None) -> None:

@@ -90,7 +90,7 @@ def train(
         DivergedError: a term of the loss or the gradient is not finite; the update is not made.
         InterruptedRun: a rank was asked to stop; a checkpoint has been made.
     """
-    clock = _Clock()
+    clock = _Clock(layout)
     state.n_dead = int(layout.features.total(state.dead(cfg.dead_tokens).sum()))
     with profile.recorded(cfg.monitor.profile_steps, trace) as before_step:
         while state.step < state.last_step(cfg):
@@ -102,10 +102,12 @@ def train(
             last = state.step >= state.last_step(cfg)
             measuring = measure is not None and (last or _passed(cfg.monitor.heldout_every_tokens, state, cfg))
             if last or measuring or _passed(cfg.monitor.log_tokens, state, cfg):
-                row = _row(cfg, state, result, figures, layout) | clock.lap(state.step * cfg.batch_tokens)
-                if measuring and measure is not None:
-                    with clock.stopped(), state.optimizer.evaluating():
-                        row |= measure(state)
+                lap = clock.lap(state.step, cfg.batch_tokens)
+                with clock.stopped():
+                    row = _row(cfg, state, result, figures, layout) | lap
+                    if measuring and measure is not None:
+                        with state.optimizer.evaluating():
+                            row |= measure(state)
                 log(row)
             advance(cfg.batch_tokens)
             for l0 in new:
@@ -212,8 +214,6 @@ def _row(cfg: TrainConfig, state: TrainState, result: BatchResult, figures: Figu
         "grad_norm": figures.grad_norm,
         "peak_memory_bytes": peak_memory(result.y_hat.device),
     }
-    if layout.ranks.size > 1:
-        row["wire_bytes"] = layout.wire_bytes
     if state.optimizer.loss_scale is not None:
         row["loss_scale"] = state.optimizer.loss_scale.scale
     return row
@@ -227,10 +227,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Clock:
-    """Speed and the share of time spent waiting for data, since the last row."""
+    """Speed, the share of time spent waiting for data, and what is sent per step, since the last row."""
 
-    def __init__(self) -> None:
-        self._start, self._tokens, self._waited = time.perf_counter(), None, 0.0
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._start, self._step, self._waited = time.perf_counter(), None, 0.0
+        self._sent = layout.wire_bytes
 
     def wait_for(self, read: Callable[[], Pair | SequenceBatch]) -> Pair | SequenceBatch:
         before = time.perf_counter()
@@ -240,15 +242,20 @@ class _Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What happens inside is not part of the training's time."""
-        before = time.perf_counter()
+        """What happens inside is not part of the training."""
+        before, sent = time.perf_counter(), self._layout.wire_bytes
         yield
         self._start += time.perf_counter() - before
+        self._sent += self._layout.wire_bytes - sent
 
-    def lap(self, tokens: int) -> Row:
-        now = time.perf_counter()
+    def lap(self, step: int, batch_tokens: int) -> Row:
+        now, sent = time.perf_counter(), self._layout.wire_bytes
         seconds = now - self._start
-        speed = None if self._tokens is None else (tokens - self._tokens) / seconds
-        row: Row = {"tokens_per_second": speed, "data_wait_share": self._waited / seconds}
-        self._start, self._tokens, self._waited = now, tokens, 0.0
+        row: Row = {"tokens_per_second": None, "data_wait_share": self._waited / seconds}
+        if self._step is not None:
+            steps = step - self._step
+            row["tokens_per_second"] = steps * batch_tokens / seconds
+            if self._layout.ranks.size > 1:
+                row["wire_bytes_per_step"] = (sent - self._sent) / steps
+        self._start, self._step, self._waited, self._sent = now, step, 0.0, sent
         return row

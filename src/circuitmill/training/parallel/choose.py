@@ -17,8 +17,8 @@ from circuitmill.training.parallel.plan import Estimate, Situation, estimates, i
 _log = logging.getLogger(__name__)
 
 
-def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device) -> Layout:
-    """Arrange the ranks as `train.parallel` says; all ranks must come here.
+def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device) -> tuple[Layout, Estimate]:
+    """Arrange the ranks as `train.parallel` says, and what that is expected to need; all ranks must come here.
 
     Args:
         cfg: Of the training.
@@ -41,7 +41,7 @@ def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device
     )
     if not estimate.fits:
         _log.warning("%.2f GB planned, %.2f GB there", estimate.total / 1e9, estimate.limit / 1e9)
-    return arrange(
+    layout = arrange(
         cfg.parallel,
         cfg.n_features,
         ranks,
@@ -49,6 +49,7 @@ def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device
         feature_ranks=estimate.feature_ranks,
         device=device,
     )
+    return layout, estimate
 
 
 def _estimate(cfg: TrainConfig, shape: Shape, ranks: Ranks, device: torch.device) -> Estimate:

@@ -185,10 +185,8 @@ class _Pass:
         own = self.kept
         while_evaluated = self.n_sources * own.forward + sum(self._written) + 3 * self._outputs
         in_terms = self.n_sources * own.forward + own.forward_moment + 4 * self._outputs
-        gathered = self.unsharded
-        return gathered + max(
-            gathered, self._rounded() + max(self.n_sources * self._at_once, while_evaluated, in_terms)
-        )
+        # torch keeps what has arrived beside what it is copied to, until the pass ends
+        return 2 * self.unsharded + self._rounded() + max(self.n_sources * self._at_once, while_evaluated, in_terms)
 
     def backward(self) -> float:
         """Source after source, the last one first."""

@@ -24,8 +24,8 @@ DEAD_SHARE = 0.25
 """Of features that are taken to be dead at a time; what the auxiliary term needs grows with them."""
 _RESERVE = {"cuda": 2_000_000_000, "cpu": 500_000_000}
 """Of libraries and collectives: on a GPU the context and NCCL's buffers, else the interpreter and torch."""
-_SLACK = 0.05
-"""Share of memory that an allocator cannot use, because what is free is in pieces."""
+_SLACK = {"cuda": 0.05, "cpu": 0.35}
+"""Share of memory that an allocator cannot use, because what is free is in pieces; measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _estimate(
         # on a CPU the state is written from where it is
         host["checkpoint"] = need.weights + need.optimizer
     here = 0 if on_gpu else sum(host.values())
-    reserve = _RESERVE[situation.device] + round(_SLACK * need.peak) + here
+    reserve = _RESERVE[situation.device] + round(_SLACK[situation.device] * need.peak) + here
     sent = payload(cfg, shape, census, division, stored)
     return Estimate(division, parts, limit, memory=need, payload=sent, host=host, reserve=reserve)
 

@@ -69,6 +69,7 @@ CASES: dict[str, TrainConfig] = {
     "crosscoder": _case(architecture=ArchitectureConfig(topology="crosscoder")),
     "micro_batches": _case(optimizer__micro_batches=2),
 }
+CPU = torch.device("cpu")
 STRATEGIES = {
     "ddp": ParallelConfig("ddp"),
     "fsdp": ParallelConfig("fsdp"),
@@ -85,9 +86,8 @@ def tried(strategy: str, size: int, case: str) -> bool:
     return not (case == "groupmax" and size > 2 and strategy in ("features", "overlap"))
 
 
-def arranged(strategy: str, cfg: TrainConfig, ranks: Ranks) -> Layout:
+def arranged(strategy: str, cfg: TrainConfig, ranks: Ranks, device: torch.device = CPU) -> Layout:
     own = STRATEGIES.get(strategy, ParallelConfig("single"))
-    device = torch.device("cpu")
     return layouts.arrange(
         own, cfg.n_features, ranks, strategy=own.strategy, feature_ranks=own.feature_ranks, device=device
     )
@@ -116,7 +116,7 @@ def one_step(cfg: TrainConfig, layout: Layout) -> dict[str, torch.Tensor]:
     with Doubles(cfg, layout) as data:
         pair = data.get(0)
         state = beginning(cfg, data, layout)
-    dead = torch.zeros(state.transcoder.n_sources, cfg.n_features, dtype=torch.bool)
+    dead = torch.zeros(state.transcoder.n_sources, cfg.n_features, dtype=torch.bool, device=layout.device)
     dead[:, ::3] = True
     state.idle = torch.where(dead[:, layout.shard.first : layout.shard.last], 10**9, 0)
     state.density, state.n_dead = torch.full_like(state.density, 0.1), int(dead.sum())

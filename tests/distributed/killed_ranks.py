@@ -64,6 +64,8 @@ class Outcome:
     writing: bool
     """Whether half a checkpoint was left."""
     resumed_at: int
+    steps: int
+    """Of the whole training."""
     asked: list[list[int]]
     """Batches that each rank asked for afterwards."""
     unequal: list[str]
@@ -76,7 +78,7 @@ def work(strategy: str, cfg: TrainConfig, folder: Path, orders: Orders) -> Calla
 
 
 def kill(strategy: str, cfg: TrainConfig, folder: Path, rng: random.Random, victims: list[int]) -> list[int | None]:
-    """Start a training and kill some of its ranks at a random moment; half of the time while a checkpoint is written."""
+    """Start a training and kill some of its ranks at a random moment; every other time in a write."""
     size = GROUPS[strategy][0]
     doing = multiprocessing.get_context("fork").RawArray("q", [-1] * size)
     at, mid_write, after = rng.randrange(1, STEPS - 1), rng.random() < 0.5, rng.uniform(0, LONGEST)
@@ -114,6 +116,7 @@ def outcome(strategy: str, training: str, folder: Path, rng: random.Random, vict
         errors=[path.read_text() for path in sorted(folder.glob("meeting-0-error-*"))],
         writing=writing,
         resumed_at=steps_of(folder, 1, 0)[0],
+        steps=STEPS,
         asked=[[int(line) for line in path.read_text().split()] for path in sorted(folder.glob("asked-1-*"))],
         unequal=[],
         same_rows=False,
@@ -135,7 +138,9 @@ def main(folder: Path) -> None:
                 broken = folder / f"{unbroken.name}-{trial}"
                 found.append((unbroken, broken, outcome(strategy, training, broken, rng, victims)))
     outcomes = [
-        asdict(each) | {"unequal": unequal(last_state(one), last_state(other)), "same_rows": rows(one) == rows(other)}
+        asdict(each)
+        | {"unequal": unequal(*(last_state(training / "checkpoints") for training in (one, other)))}
+        | {"same_rows": rows(one) == rows(other)}
         for one, other, each in found
     ]
     (folder / "outcomes.json").write_text(json.dumps(outcomes))

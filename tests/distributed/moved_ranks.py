@@ -71,6 +71,7 @@ class Outcome:
     """What must be the same exactly: steps, idle counters and densities, dead features and L0 of every row."""
     changed: list[str]
     """Tensors of which the ranks that go on have read other bits than were saved, by their own account."""
+    stopped_at: int
     resumed_at: int
 
 
@@ -224,6 +225,7 @@ def main(folder: Path) -> None:
     outcomes = [
         Outcome(
             *(case, saved, resumed, mutation),
+            stopped_at=HALF,
             **compared(folder / "unbroken" / case, folder / "saved" / name(saved) / case, out),
         )
         for case, saved, resumed, mutation, out in resume(folder)

@@ -1,8 +1,9 @@
 """One rank of a group, or a process that never heard of a group: what it finds goes into a file.
 
-python -m tests.distributed.ranks FOLDER [wrong]        (torchrun's variables decide about the group)
+python -m tests.distributed.ranks FOLDER [wrong] [gpu]        (torchrun's variables decide about the group)
 
-With `wrong` the sum over shards sums its gradient too, as it must not.
+With `wrong` the sum over shards sums its gradient too, as it must not. With `gpu` all ranks work on the first GPU, and
+what they send goes through gloo, because NCCL wants a GPU for each.
 """
 
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.distributed.cases import CASES, STRATEGIES, arranged, curve, one_step, tried
+from tests.distributed.cases import CASES, CPU, STRATEGIES, arranged, curve, one_step, tried
 
 from circuitmill import distributed
 from circuitmill.stores.tensors import write_tensors
@@ -21,9 +22,13 @@ CURVES = ("jumprelu", "topk", "batch_topk_all", "matryoshka")
 """Trained for 200 steps."""
 
 
-def main(folder: Path, *, wrong: bool) -> None:
+def main(folder: Path, *, wrong: bool, gpu: bool) -> None:
     """All cases with all strategies that make sense for so many ranks."""
-    ranks = distributed.init()
+    ranks, device = distributed.current(), torch.device("cuda", 0) if gpu else CPU
+    if gpu and ranks.size > 1:
+        dist.init_process_group("gloo")
+    else:
+        distributed.init()
     assert dist.is_initialized() == (ranks.size > 1)
     if wrong:
         shards._Total.backward = staticmethod(_summed)
@@ -32,7 +37,7 @@ def main(folder: Path, *, wrong: bool) -> None:
         for case, cfg in CASES.items():
             if tried(strategy, ranks.size, case):
                 # torch.distributed does not take groups back, and all cases have the same number of features
-                layout = arranged(strategy, cfg, ranks)
+                layout = arranged(strategy, cfg, ranks, device)
                 found |= {f"{strategy}/{case}/{name}": value for name, value in one_step(cfg, layout).items()}
                 if case in CURVES and not wrong and strategy != "overlap":
                     found |= {f"{strategy}/{case}/curve.{name}": value for name, value in curve(cfg, layout).items()}
@@ -47,4 +52,4 @@ def _summed(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), wrong="wrong" in sys.argv[2:])
+    main(Path(sys.argv[1]), wrong="wrong" in sys.argv[2:], gpu="gpu" in sys.argv[2:])

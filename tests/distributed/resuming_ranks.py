@@ -33,17 +33,18 @@ from circuitmill.training.state import TrainState
 
 LIMIT = datetime.timedelta(seconds=120)
 _restore = stage._restore
-NOT_REPEATED = ("tokens_per_second", "data_wait_share", "peak_memory_bytes", "wire_bytes")
+NOT_REPEATED = ("tokens_per_second", "data_wait_share", "peak_memory_bytes", "wire_bytes", "wire_bytes_per_step")
 """Keys of a row that are about the process."""
 Tensors = dict[str, torch.Tensor]
 
 
 def variant(case: str, steps: int, **optimizer: Any) -> TrainConfig:
-    """A case with a row of metrics per step, held-out figures, some checkpoints, and features that are dead soon."""
+    """A case with a row of metrics per step, held-out figures, some checkpoints, and features that fire seldom."""
     cfg = CASES[case]
     return replace(
         cfg,
         tokens=steps * BATCH,
+        init=replace(cfg.init, l0=1.0),
         warmup_tokens=4 * BATCH,
         dead_tokens=4 * BATCH,
         checkpoint_tokens=5 * BATCH,

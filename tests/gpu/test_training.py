@@ -36,7 +36,15 @@ def run(cfg, state=None, **hooks):
     state = state or beginning(cfg)
     defaults = {"log": rows.append, "checkpoint": lambda state, l0=None: None, "trace": None}
     with data(cfg) as batches:
-        train(cfg, state, batches, layout=alone(cfg.n_features), advance=lambda tokens: None, stop=lambda: False, **(defaults | hooks))
+        train(
+            cfg,
+            state,
+            batches,
+            layout=alone(cfg.n_features),
+            advance=lambda tokens: None,
+            stop=lambda: False,
+            **(defaults | hooks),
+        )
     return state, rows
 
 

@@ -97,7 +97,7 @@ ONE = alone(TINY.n_features)
 
 def batches(cfg: TrainConfig, layout: Layout = ONE, source: Any = None, **options: Any) -> Batches:
     source = source or Memory(cfg.batch_tokens, layout.rows(cfg.batch_tokens))
-    return Batches(source, scaling(), device=torch.device("cpu"), together=layout.features, **options)
+    return Batches(source, scaling(), device=layout.device, together=layout.features, **options)
 
 
 def beginning(cfg: TrainConfig, data: Batches, layout: Layout | None = None) -> TrainState:

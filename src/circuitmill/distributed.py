@@ -237,10 +237,10 @@ class _Watch:
             for _ in range(_MISSED_AFTER_FAILURE + 2):
                 if self._heart.failure is not None:
                     return self._error(self._heart.failure)
-                if dead := self._not_heard_of(_MISSED_AFTER_FAILURE):
-                    return self._reported(_death(dead, f"not heard of for {_MISSED_AFTER_FAILURE * self._beat_s:g} s"))
                 if self._heart.lost is not None:
                     return self._lost()
+                if dead := self._not_heard_of(_MISSED_AFTER_FAILURE):
+                    return self._reported(_death(dead, f"not heard of for {_MISSED_AFTER_FAILURE * self._beat_s:g} s"))
                 time.sleep(self._beat_s)
             if _TIMED_OUT.search(text):
                 what = f"all ranks alive, but rank {self._ranks.rank} waited in vain: {self._table()}"
@@ -315,7 +315,10 @@ class _Watch:
 
     def _count(self) -> None:
         """Count one's own beats, not seconds: when all ranks were suspended for a while, none is to blame."""
-        for rank in self._silent:
+        own = self._ranks.rank
+        beating = self._heart.own.count != self._counts.get(own, 0)
+        # while this rank's heart waits for the store it hears of nobody
+        for rank in self._silent if beating else [own]:
             beat = self._beat(rank)
             count = beat.count if beat is not None else 0
             self._silent[rank] = self._silent[rank] + 1 if count == self._counts.get(rank, 0) else 0

@@ -348,8 +348,9 @@ def _remedies(
             yield f"{ranks} {what} of {machine.memory_bytes / 1e9:.1f} GB"
             break
         ranks *= 2
-    if cfg.optimizer.precision in ("float32", "bf16_autocast") and cfg.optimizer.name != "schedule_free":
-        if _would_fit(replace(cfg, optimizer=replace(cfg.optimizer, precision="bf16")), shape, machine, situation):
+    if cfg.optimizer.precision != "bf16" and cfg.optimizer.name != "schedule_free":
+        smaller = replace(cfg, optimizer=replace(cfg.optimizer, precision="bf16"))
+        if _would_fit(smaller, shape, machine, situation):
             yield "train.optimizer.precision=bf16"
     if not (cfg.architecture.prefixes or cfg.architecture.ranks or cfg.architecture.shared):
         n_features = cfg.n_features // 2

@@ -12,7 +12,7 @@ from circuitmill.stages.train_plan import Plan
 from circuitmill.training.parallel.plan import DEAD_SHARE, Estimate
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: float | int) -> str:
     """In units of a thousand.
 
     >>> size(79_500_000_000), size(1_500), size(0)
@@ -41,7 +41,7 @@ def _head(plan: Plan) -> Text:
         f"{plan.run} / {plan.variant}: {machine.ranks} {what}{'s' * (machine.ranks > 1)} with "
         f"{size(machine.memory_bytes)} each",
         f"{plan.shape.n_layers} places x {plan.shape.d_model} (from {plan.shape_from}), {cfg.n_features} features, "
-        f"{cfg.batch_tokens} tokens a step in {cfg.optimizer.micro_batches} micro-batches, {cfg.optimizer.name}, "
+        f"{cfg.batch_tokens} tokens a step, micro_batches {cfg.optimizer.micro_batches}, {cfg.optimizer.name}, "
         f"{cfg.optimizer.precision}",
     ]
     return Text("\n".join(lines))
@@ -88,10 +88,8 @@ def _assumptions(plan: Plan) -> str:
     found = next((each.memory for each in plan.estimates if each.memory is not None), None)
     if found is None:
         return ""
-    if found.dense:
-        how = "activations are dense"
-    else:
-        how = f"{found.share:.1%} of the places are kept, as at the start"
+    sparse = f"{found.share:.1%} of the places are kept, as at the start"
+    how = "activations are dense" if found.dense else sparse
     if "auxiliary" in plan.cfg.active_kinds():
         how += f"; {DEAD_SHARE:.0%} of the features are dead"
     return f"At most: when most is there at a time, not the sum. Taken for granted: {how}."

@@ -7,7 +7,7 @@ describe; tests compare them with what torch allocates.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from circuitmill.config.names import is_import_path
@@ -16,16 +16,17 @@ from circuitmill.core.topology import Topology
 from circuitmill.kernels.sparse import WORTHWHILE
 
 FLOAT, INT = 4, 8
+Real = float | int
 
 
 @dataclass(frozen=True)
 class Maps:
     """Maps per source that stay, and those that are there for a moment, in the forward and in the backward pass."""
 
-    forward: float
-    forward_moment: float
-    backward: float
-    backward_moment: float
+    forward: Real
+    forward_moment: Real
+    backward: Real
+    backward_moment: Real
 
     def __add__(self, other: "Maps") -> "Maps":
         """What stays adds up; of moments the worst counts."""
@@ -60,6 +61,9 @@ _TERMS = {
     "pre_activation": (Maps(1, 1, 1, 2), Maps(1, 1, 1, 2.25)),
 }
 """Sparse and dense."""
+_SAME = {"l1": "tanh_sparsity", "frequency": "quadratic_l0"}
+"""Of two terms that both are there, the first keeps nothing in the backward pass that the second does not: the gradient
+of activations, and pre-activations."""
 _UNKNOWN = Maps(1, 1, 1, 2.25)
 """A term or nonlinearity that is somebody else's function is taken to keep a map of its own."""
 _PLACE = 2 * INT + FLOAT
@@ -76,10 +80,10 @@ class Kept:
     dense: bool
     share: float
     """Of the places that are taken to be kept if activations are not dense."""
-    forward: float
-    forward_moment: float
-    backward: float
-    backward_moment: float
+    forward: Real
+    forward_moment: Real
+    backward: Real
+    backward_moment: Real
 
 
 def kept(
@@ -110,7 +114,9 @@ def kept(
         maps = maps + Maps(0, moment, 0, 0)
     for kind in sorted(cfg.active_kinds()):
         if kind in _TERMS:
-            maps = maps + _TERMS[kind][dense]
+            more = _TERMS[kind][dense]
+            again = _SAME.get(kind) in cfg.active_kinds()
+            maps = maps + (replace(more, backward=0) if again else more)
         elif kind == "auxiliary":
             maps = maps + Maps(dead, dead, dead, 2 if dead else 0)
         elif is_import_path(kind):
@@ -134,7 +140,7 @@ def kept(
     )
 
 
-def ranked_at_once(cfg: TrainConfig, *, device: str, shards: bool) -> float:
+def ranked_at_once(cfg: TrainConfig, *, device: str, shards: bool) -> Real:
     """Maps per source at the moment at which all sources are ranked together; zero if they are not."""
     name = cfg.nonlinearity.name
     if is_import_path(name) or _ranking(name, shards=shards) != "together":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from circuitmill.config.train import TrainConfig
 from circuitmill.training.parallel import activations
-from circuitmill.training.parallel.activations import FLOAT
+from circuitmill.training.parallel.activations import FLOAT, Real
 from circuitmill.training.parallel.census import Census, Division, Parameter, Shape
 from circuitmill.training.parallel.gradients import BUCKET
 
@@ -168,7 +168,7 @@ class _Pass:
         """What fully_shard divides at the start, and gathers for the passes."""
         return sum(stored_bytes(p, self.cfg) for p in self._whole) if self.division.strategy == "fsdp" else 0
 
-    def _rounded(self) -> float:
+    def _rounded(self) -> Real:
         """Copies of parameters in the type of the products, which autograd keeps."""
         precision, dense = self.cfg.optimizer.precision, self.kept.dense
         numbers = {True: 0, False: 0}
@@ -180,7 +180,7 @@ class _Pass:
         # the product with few places is in float32
         return FLOAT * numbers[False] if precision == "bf16" and not dense else 0.0
 
-    def forward(self) -> float:
+    def forward(self) -> Real:
         """At the end, or while all sources are ranked."""
         own = self.kept
         while_evaluated = self.n_sources * own.forward + sum(self._written) + 3 * self._outputs
@@ -188,7 +188,7 @@ class _Pass:
         # torch keeps what has arrived beside what it is copied to, until the pass ends
         return 2 * self.unsharded + self._rounded() + max(self.n_sources * self._at_once, while_evaluated, in_terms)
 
-    def backward(self) -> float:
+    def backward(self) -> Real:
         """Source after source, the last one first."""
         own, gathered = self.kept, self.unsharded
         weighs = not self.cfg.active_kinds().isdisjoint(("tanh_sparsity", "l1"))
@@ -208,7 +208,7 @@ class _Pass:
             worst = max(worst, sum(self._written[: source + 1]) + found + max(maps, products))
         return gathered + self._rounded() + 3 * self._outputs + worst
 
-    def reduction(self) -> float:
+    def reduction(self) -> Real:
         """The copy of gradients that is sent."""
         if self.division.strategy == "fsdp":
             # whole gradients, and as they are scattered
@@ -233,7 +233,7 @@ def _buckets(parameters: Sequence[Parameter], cfg: TrainConfig) -> list[int]:
     return [sum(stored_bytes(p, cfg) for p in bucket) for bucket in found if len(bucket) > 1]
 
 
-def _update(here: tuple[Parameter, ...], cfg: TrainConfig) -> float:
+def _update(here: tuple[Parameter, ...], cfg: TrainConfig) -> Real:
     """What the optimizer needs for a moment."""
     trained = [p for p in here if p.trained]
     largest = max((p.numel for p in trained if p.matrix), default=0)

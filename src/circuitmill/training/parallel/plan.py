@@ -60,6 +60,7 @@ class Estimate:
     host: dict[str, int] = field(default_factory=dict)
     """Bytes of host memory besides; on a CPU they are of the same memory."""
     reserve: int = 0
+    """What is added to the peak: for libraries, pieces that an allocator cannot use and, on a CPU, host memory."""
 
     @property
     def strategy(self) -> str:
@@ -193,12 +194,10 @@ def _estimate(
     dead = situation.dead_share if "auxiliary" in cfg.active_kinds() else 0.0
     need = memory(cfg, shape, census, division, device=situation.device, dead=dead)
     stored = situation.of(cfg, shape)
-    on_gpu = situation.device == "cuda"
     host = {"pools": situation.pool_bytes // division.ranks} if situation.pool_bytes else {}
-    if on_gpu:
-        # on a CPU the state is written from where it is
-        host["checkpoint"] = need.weights + need.optimizer
-    here = 0 if on_gpu else sum(host.values())
+    # what a rank writes is copied first; ranks with the same write a part each
+    host["checkpoint"] = (need.weights + need.optimizer) // (1 if division.strategy == "fsdp" else division.data_ranks)
+    here = sum(host.values()) if situation.device == "cpu" else 0
     reserve = _RESERVE[situation.device] + round(_SLACK[situation.device] * need.peak) + here
     sent = payload(cfg, shape, census, division, stored)
     return Estimate(division, parts, limit, memory=need, payload=sent, host=host, reserve=reserve)

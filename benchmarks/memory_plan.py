@@ -4,8 +4,8 @@
 
 Trains some steps in processes of their own, on activations in memory, one thread a rank. Measured is the largest
 resident memory of a rank, less what it had before the training state was built, when libraries were imported, had made
-a small training, and the data were there. One JSON line per shape and strategy, of the rank that needed most: planned and
-measured bytes and their ratio, and bytes handed to collectives in all steps, planned and counted.
+a small training, and the data were there. One JSON line per shape and strategy, of the rank that needed most: planned
+and measured bytes and their ratio, and bytes handed to collectives in all steps, planned and counted.
 
 The C library keeps freed memory of tensors below 32 MB for later. That is left out by having it give back everything
 (MALLOC_MMAP_THRESHOLD_); `--keep` leaves it in.

@@ -105,7 +105,8 @@ def test_the_embedded_model_s_own_configuration(capsys: pytest.CaptureFixture[st
 
 
 def test_variants(capsys: pytest.CaptureFixture[str]):
-    variants = "+variants={plain: [], sae: [cache=resid_post, train=sae], both: [cache=two_models, train=model_diff]}"
+    quoted = "{plain: [], sae: ['cache=resid_post', 'train=sae'], both: ['cache=two_models', 'train=model_diff']}"
+    variants = f"+variants={quoted}".replace(" ", "")
 
     def places(variant: str) -> int:
         return planned(capsys, "experiment=demo", variants, "--variant", variant)["shape"]["n_layers"]

@@ -119,3 +119,101 @@ def rows(folder: Path) -> list[dict]:
         {key: value for key, value in row.items() if key not in OF_PROCESSES}
         for row in read_metrics(folder / "metrics.jsonl")
     ]
+
+
+def same(one: Path, other: Path, *, rel: float = 1e-4) -> None:
+    """What two trainings wrote, but for the order of sums; and their records, but for that."""
+    assert distance(one, other) < rel
+    for ours, theirs in zip(rows(one), rows(other), strict=True):
+        close(ours, theirs, f"step {ours['step']}", rel=rel)
+    first, second = (load_manifest(folder / "manifest.json", "train") for folder in (one, other))
+    second.verify()
+    assert first.config == second.config and "parallel" not in first.config
+    # a checkpoint has a file of every rank
+    ours, theirs = ({name for name in each.files if not name.startswith("checkpoints/")} for each in (first, second))
+    assert ours == theirs and "model/config.yaml" in ours
+    close(first.counts, second.counts, "counts", rel=rel)
+
+
+# one to the end
+
+
+@pytest.mark.parametrize("strategy", ["features", "fsdp", "ddp"])
+def test_two_ranks_under_torchrun_give_the_model_of_one(strategy, alone, upstreams, tmp_path):
+    torchrun("circuitmill", *command(sharing(tiny(), strategy), upstreams, tmp_path / "two"))
+    same(alone.folder, tmp_path / "two")
+    assert alone.counts["steps"] == 32 and alone.counts["dead"] > 0
+    last = read_metrics(tmp_path / "two" / "metrics.jsonl")[-1]
+    assert last["wire_bytes_per_step"] > 0 and "heldout_ev" in last and "replacement_kl" in last
+
+
+OF_A_BASE = {"base": "clt", "tokens": 16 * 8 * CONTEXT, "batch_tokens": 8 * CONTEXT}
+KINDS = {
+    "batch_topk": ("features", tiny(nonlinearity={"name": "batch_topk", "k": 4.0})),
+    "token_topk": ("features", tiny(nonlinearity={"name": "token_topk", "k": 4.0})),
+    "matryoshka": ("features", tiny(architecture={"prefixes": [5, 20, 32]})),
+    "adapter": ("features", tiny(base="clt", adapter_rank=2)),
+    "balanced_kl": ("features", tiny(**OF_A_BASE, loss={"kl": {"coefficient": 1.0, "balance": True}})),
+    "kl": ("ddp", tiny(**OF_A_BASE, loss={"kl": {"coefficient": 1e4}})),
+}
+
+
+def test_two_ranks_give_what_one_gives_of_other_kinds(alone, upstreams, tmp_path):
+    """One start for all. Thresholds of top-k kinds are set at the end, over shards; kl reads whole sequences."""
+    arguments = [f"{name}={path}" for name, path in upstreams.items()]
+    for kind, (strategy, cfg) in KINDS.items():
+        base = alone.folder / "manifest.json" if cfg.base else None
+        stage.run(cfg, **upstreams, base=base, out=tmp_path / f"one-{kind}")
+        config = frozen(sharing(cfg, strategy), tmp_path / f"{kind}.yaml")
+        arguments += [config, str(tmp_path / f"two-{kind}"), str(base or "-")]
+    torchrun("tests.stages.trained_together", *arguments)
+    for kind in KINDS:
+        same(tmp_path / f"one-{kind}", tmp_path / f"two-{kind}", rel=1e-3 if "kl" in kind else 1e-4)
+
+
+# from one to the other
+
+
+def workers(launcher: int) -> list[int]:
+    """Ranks that a launcher has started."""
+    listed = [path.read_text() for path in Path(f"/proc/{launcher}/task").glob("*/children")]
+    return [pid for pid in map(int, " ".join(listed).split()) if b"--out" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_a_training_goes_from_one_process_to_two_ranks_and_back(upstreams, tmp_path, monkeypatch):
+    """Stopped each time; how the work is shared is not part of what the training is, so nothing starts again."""
+    cfg, out = tiny(tokens=256 * 100, checkpoint_tokens=256), tmp_path / "train"
+    calls = iter(range(1000))
+    with monkeypatch.context() as patch, pytest.raises(InterruptedRun, match="after step 10"):
+        patch.setattr(stage.StopRequest, "__bool__", lambda self: next(calls) == 9)
+        stage.run(sharing(cfg, "single"), **upstreams, out=out)
+    process = started("circuitmill", "launch", "--per-node", "2", *command(sharing(cfg, "features"), upstreams, out))
+    end = time.monotonic() + NET
+    while steps(out)[-1] < 15 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    # one of them is enough
+    os.kill(workers(process.pid)[1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=NET)
+    assert process.returncode == InterruptedRun.exit_code, errors
+    assert "continuing after step 10 of 100" in errors and "strategy features" in errors
+    assert 15 <= steps(out)[-1] < 100 and not (out / "manifest.json").exists()
+    assert f"a request to stop after step {steps(out)[-1]}" in errors
+    stage.run(sharing(cfg, "ddp"), **upstreams, out=out)
+    stage.run(cfg, **upstreams, out=tmp_path / "unbroken")
+    same(tmp_path / "unbroken", out, rel=1e-3)
+
+
+def test_a_strategy_that_cannot_be_had_is_refused_before_anything_is_touched(upstreams, tmp_path):
+    cfg = tiny(n_features=42, architecture={"topology": "molt", "ranks": [3, 2, 1]})
+    process = started(
+        "circuitmill", "launch", "--per-node", "2", *command(sharing(cfg, "features"), upstreams, tmp_path / "train")
+    )
+    _, errors = process.communicate(timeout=NET)
+    assert process.returncode == ConfigError.exit_code, errors
+    assert "a training that 2 ranks can share by strategy features; found transforms of several ranks" in errors
+    assert "where: train.parallel.strategy" in errors
+    assert not (tmp_path / "train").exists()

@@ -60,6 +60,10 @@ class Parts(Protocol):
         """Tokens of the batch, of which `here` are in this process."""
         ...
 
+    def elsewhere(self, *, over_tokens: bool) -> bool:
+        """Whether other processes have more of a ranking: other features or, if it is over tokens, other tokens."""
+        ...
+
     def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The sum over shards. Each summand gets the gradient of the sum, and that once: not once per shard.
 
@@ -117,6 +121,10 @@ class Whole:
     def n_tokens(self, here: int) -> int:
         """All of them."""
         return here
+
+    def elsewhere(self, *, over_tokens: bool) -> bool:
+        """Nobody has."""
+        return False
 
     def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """There is nothing to add."""

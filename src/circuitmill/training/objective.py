@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitmill.config.names import is_import_path
-from circuitmill.config.train import END_TO_END, TOP_K, TrainConfig
+from circuitmill.config.train import END_TO_END, OVER_TOKENS, TOP_K, TrainConfig
 from circuitmill.core.losses import Evaluation, find_term, reconstruction
 from circuitmill.core.nonlinearity import NONLINEARITIES, Nonlinearity, Settings, find_nonlinearity, jumprelu
 from circuitmill.core.operand import Dense, Operand
@@ -212,7 +212,8 @@ def evaluation(
     settings = settings_at(cfg, moment.tokens, parts)
     row = find_nonlinearity(cfg.nonlinearity.name)
     # what is ranked over ranks is sent together, for all sources
-    ranked = cfg.nonlinearity.name in RANKED and parts is not WHOLE
+    name = cfg.nonlinearity.name
+    ranked = name in RANKED and parts.elsewhere(over_tokens=name in OVER_TOKENS)
     pre: list[Tensor] = []
     operands: list[Operand] = []
     if row.scope == "all" or ranked:

@@ -100,6 +100,10 @@ class Shards:
             return here * self.data.size
         return int(self.data.total(torch.tensor([here], device=self.device)))
 
+    def elsewhere(self, *, over_tokens: bool) -> bool:
+        """Whether other ranks have more of a ranking."""
+        return self.features.size > 1 or (over_tokens and self.data.size > 1)
+
     def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The sum over the ranks that share features."""
         if self.features.size == 1:

@@ -123,8 +123,9 @@ def train(cfg: TrainConfig, layout: Layout, folder: Path, orders: Orders) -> Non
         journal.write(f"{step}\n")
         if orders.doing is not None:
             orders.doing[rank] = step
-        while step == orders.hold_at and rank in orders.held:
-            time.sleep(1)
+        if step == orders.hold_at and rank in orders.held:
+            time.sleep(LIMIT.total_seconds())
+            raise TimeoutError(f"rank {rank} was not killed")
 
     class Stop(stage.StopRequest):
         def __bool__(self) -> bool:
@@ -160,7 +161,7 @@ def start(size: int, folder: Path, work: Work) -> list[multiprocessing.Process]:
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
     meeting.touch()
-    ranks = [context.Process(target=run, args=(rank, size, meeting, work)) for rank in range(size)]
+    ranks = [context.Process(target=run, args=(rank, size, meeting, work), daemon=True) for rank in range(size)]
     for process in ranks:
         process.start()
     return ranks

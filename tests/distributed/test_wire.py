@@ -21,7 +21,8 @@ from circuitmill.training.parallel.payload import Payload, payload
 pytestmark = pytest.mark.slow
 ALL = [(size, wiring) for size, wirings in WIRINGS.items() for wiring in wirings]
 Step = dict[str, Any]
-REDUCE, GATHER = "allreduce_", "allgather_"
+REDUCE, GATHER = "allreduce_", "broadcast_"
+"""Every rank spreads its part to gather them all."""
 CALLS: dict[tuple[str, str], dict[str, int]] = {
     # the sum of partial reconstructions; the batch and the figures
     ("features", "jumprelu"): {REDUCE: 1, GATHER: 2},

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tests.distributed.cases import BATCH, CASES, MATRYOSHKA
 from tests.training.helpers import D_MODEL, N_LAYERS, Memory, batches, beginning, scaling
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,7 +151,7 @@ class Sent(TorchDispatchMode):
 
     GIVEN: dict[str, Callable[[tuple], list[torch.Tensor]]] = {  # noqa: RUF012
         "allreduce_": lambda args: args[0],
-        "allgather_": lambda args: args[1],
+        "broadcast_": lambda args: args[0],
         "_allgather_base_": lambda args: [args[1]],
         "_reduce_scatter_base_": lambda args: [args[1]],
     }
@@ -164,7 +165,9 @@ class Sent(TorchDispatchMode):
         """Note it and go on."""
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func.overloadpacket.__name__
-            self.calls.append((name, sum(tensor.nbytes for tensor in self.GIVEN[name](args))))
+            # what another rank spreads is sent there
+            if name != "broadcast_" or dist.ProcessGroup.unbox(args[1]).rank() == args[2]:
+                self.calls.append((name, sum(tensor.nbytes for tensor in self.GIVEN[name](args))))
         return func(*args, **(kwargs or {}))
 
     def taken(self) -> list[tuple[str, int]]:

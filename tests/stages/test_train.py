@@ -165,26 +165,6 @@ def test_kill_dash_nine_and_again(cfg, upstreams, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_give_the_model_of_one(finished, cfg, upstreams, tmp_path):
-    config = tmp_path / "train.yaml"
-    config.write_text(yaml.safe_dump(plain(cfg)))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "circuitmill", "train", "--config", str(config), *arguments(upstreams)),
-        *("--out", str(tmp_path / "two")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    load_manifest(tmp_path / "two" / "manifest.json", "train").verify()
-    one, two = load_clt(finished / "model"), load_clt(tmp_path / "two" / "model")
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
-    steps = [row["step"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl")]
-    assert steps == [row["step"] for row in read_metrics(finished / "metrics.jsonl")]
-
-
-@pytest.mark.slow
 def test_a_terminated_command_exits_with_75_and_continues(cfg, upstreams, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(plain(dataclasses.replace(cfg, tokens=256 * 2000))))

@@ -72,9 +72,17 @@ def started(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def last_words(process: subprocess.Popen[str]) -> str:
+    """What it wrote to stderr; its ranks do not outlive it."""
+    try:
+        return process.communicate(timeout=NET)[1]
+    finally:
+        process.kill()
+
+
 def torchrun(*arguments: str) -> None:
     process = started("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments)
-    _, errors = process.communicate(timeout=NET)
+    errors = last_words(process)
     assert process.returncode == 0, errors[-5000:]
 
 
@@ -82,7 +90,7 @@ def torchrun(*arguments: str) -> None:
 
 
 def close(one: object, other: object, where: str, *, rel: float) -> None:
-    """The same structure, and numbers to a relative difference; counts in a histogram may differ by one."""
+    """The same structure, and numbers to a relative difference; in a histogram a number may be in the bar beside."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
@@ -93,6 +101,8 @@ def close(one: object, other: object, where: str, *, rel: float) -> None:
             close(left, right, f"{where}[{number}]", rel=rel)
     elif isinstance(one, float):
         assert other == pytest.approx(one, rel=rel, abs=rel), where
+    elif "histogram.counts" in where:
+        assert abs(one - other) <= 1, where
     else:
         assert one == other, where
 
@@ -121,9 +131,9 @@ def rows(folder: Path) -> list[dict]:
     ]
 
 
-def same(one: Path, other: Path, *, rel: float = 1e-4) -> None:
-    """What two trainings wrote, but for the order of sums; and their records, but for that."""
-    assert distance(one, other) < rel
+def same(one: Path, other: Path, *, rel: float = 1e-3) -> None:
+    """What two trainings wrote, but for the order of sums, which may make a feature fire on one token more or less."""
+    assert distance(one, other) < rel / 10
     for ours, theirs in zip(rows(one), rows(other), strict=True):
         close(ours, theirs, f"step {ours['step']}", rel=rel)
     first, second = (load_manifest(folder / "manifest.json", "train") for folder in (one, other))
@@ -154,6 +164,7 @@ KINDS = {
     "matryoshka": ("features", tiny(architecture={"prefixes": [5, 20, 32]})),
     "adapter": ("features", tiny(base="clt", adapter_rank=2)),
     "balanced_kl": ("features", tiny(**OF_A_BASE, loss={"kl": {"coefficient": 1.0, "balance": True}})),
+    "balanced_kl_by_tokens": ("ddp", tiny(**OF_A_BASE, loss={"kl": {"coefficient": 1.0, "balance": True}})),
     "kl": ("ddp", tiny(**OF_A_BASE, loss={"kl": {"coefficient": 1e4}})),
 }
 
@@ -168,7 +179,7 @@ def test_two_ranks_give_what_one_gives_of_other_kinds(alone, upstreams, tmp_path
         arguments += [config, str(tmp_path / f"two-{kind}"), str(base or "-")]
     torchrun("tests.stages.trained_together", *arguments)
     for kind in KINDS:
-        same(tmp_path / f"one-{kind}", tmp_path / f"two-{kind}", rel=1e-3 if "kl" in kind else 1e-4)
+        same(tmp_path / f"one-{kind}", tmp_path / f"two-{kind}")
 
 
 # from one to the other
@@ -193,18 +204,20 @@ def test_a_training_goes_from_one_process_to_two_ranks_and_back(upstreams, tmp_p
         stage.run(sharing(cfg, "single"), **upstreams, out=out)
     process = started("circuitmill", "launch", "--per-node", "2", *command(sharing(cfg, "features"), upstreams, out))
     end = time.monotonic() + NET
-    while steps(out)[-1] < 15 and process.poll() is None and time.monotonic() < end:
+    while steps(out)[-1] < 15:
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     # one of them is enough
-    os.kill(workers(process.pid)[1], signal.SIGTERM)
-    _, errors = process.communicate(timeout=NET)
+    (_, second) = workers(process.pid)
+    os.kill(second, signal.SIGTERM)
+    errors = last_words(process)
     assert process.returncode == InterruptedRun.exit_code, errors
     assert "continuing after step 10 of 100" in errors and "strategy features" in errors
     assert 15 <= steps(out)[-1] < 100 and not (out / "manifest.json").exists()
     assert f"a request to stop after step {steps(out)[-1]}" in errors
     stage.run(sharing(cfg, "ddp"), **upstreams, out=out)
     stage.run(cfg, **upstreams, out=tmp_path / "unbroken")
-    same(tmp_path / "unbroken", out, rel=1e-3)
+    same(tmp_path / "unbroken", out)
 
 
 def test_a_strategy_that_cannot_be_had_is_refused_before_anything_is_touched(upstreams, tmp_path):
@@ -212,7 +225,7 @@ def test_a_strategy_that_cannot_be_had_is_refused_before_anything_is_touched(ups
     process = started(
         "circuitmill", "launch", "--per-node", "2", *command(sharing(cfg, "features"), upstreams, tmp_path / "train")
     )
-    _, errors = process.communicate(timeout=NET)
+    errors = last_words(process)
     assert process.returncode == ConfigError.exit_code, errors
     assert "a training that 2 ranks can share by strategy features; found transforms of several ranks" in errors
     assert "where: train.parallel.strategy" in errors

@@ -71,6 +71,10 @@ class Parts(Protocol):
         """
         ...
 
+    def over_tokens(self, values: Float[Tensor, " _"]) -> Float[Tensor, " _"]:
+        """The sum over processes that have other tokens, without a gradient."""
+        ...
+
     @property
     def overlap(self) -> bool:
         """Whether sums are to be begun as early as possible, with `begin`."""
@@ -129,6 +133,10 @@ class Whole:
     def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """There is nothing to add."""
         return partial
+
+    def over_tokens(self, values: Float[Tensor, " _"]) -> Float[Tensor, " _"]:
+        """There is nothing to add."""
+        return values.detach()
 
     def begin(self, partial: Float[Tensor, "*shape"]) -> Callable[[], Float[Tensor, "*shape"]]:
         """There is nothing to wait for."""

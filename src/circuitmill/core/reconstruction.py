@@ -30,8 +30,8 @@ class Reconstruction:
     ) -> None:
         self._coder, self._x, self._parts = transcoder, x, parts
         self._spans = [parts.within(span) for span in spans]
-        self._written: list[list[Tensor]] = []
-        """By source: what its features up to each prefix write, [token target d_model]."""
+        self._written: list[list[tuple[Tensor, ...]]] = []
+        """By source, by prefix: what its features up to there write, by target, [token d_model]."""
         self._arriving: dict[int, Callable[[], Tensor]] = {}
 
     def write(self, source: int, a: Operand) -> None:
@@ -40,10 +40,11 @@ class Reconstruction:
         for span in self._spans:
             now = self._stretch(source, a, span)
             found.append(now if not found else found[-1] + now)
-        self._written.append(found)
+        # the gradients of all targets are put together once; by index each would be put among zeros
+        self._written.append([written.unbind(1) for written in found])
         if self._parts.overlap:
             for layer in self._completed(source):
-                self._arriving[layer] = self._parts.begin(torch.stack(self._layer(layer)))
+                self._arriving[layer] = self._parts.begin(torch.stack(self._layer(layer), dim=1))
 
     def _stretch(self, source: int, a: Operand, span: slice) -> Float[Tensor, "token target d_model"]:
         targets = self._coder.topology.writes[source]
@@ -63,21 +64,19 @@ class Reconstruction:
             for written, targets in zip(self._written, self._coder.topology.writes, strict=False)
             if layer in targets
         ]
-        parts = [[written[prefix][:, index] for written, index in writers] for prefix in range(len(self._spans))]
+        parts = [[written[prefix][index] for written, index in writers] for prefix in range(len(self._spans))]
         return [sum(found[1:], start=found[0]) for found in parts]
 
     def finish(self) -> list[Float[Tensor, "token layer d_model"]]:
         """The reconstruction by each prefix."""
+        layers = range(self._coder.n_layers)
         if self._arriving:
-            layers = [self._arriving[layer]() for layer in range(self._coder.n_layers)]
-            whole = torch.stack(layers, dim=2)
+            whole = torch.stack([self._arriving[layer]() for layer in layers], dim=1)
         else:
-            partial = [
-                self._coder.collected([written[prefix] for written in self._written])
-                for prefix in range(len(self._spans))
-            ]
-            whole = self._parts.total(torch.stack(partial))
-        return [self._coder.with_biases(one, self._x) for one in whole]
+            partial = torch.stack([one for layer in layers for one in self._layer(layer)], dim=1)
+            whole = self._parts.total(partial).unflatten(1, (len(layers), len(self._spans)))
+        by_prefix = [whole.squeeze(2)] if len(self._spans) == 1 else whole.unbind(2)
+        return [self._coder.with_biases(one, self._x) for one in by_prefix]
 
 
 def wide(values: Tensor) -> Tensor:

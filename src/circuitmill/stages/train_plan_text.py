@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from circuitmill.stages.train_plan import Plan
-from circuitmill.training.parallel.plan import DEAD_SHARE, Estimate
+from circuitmill.training.parallel.plan import DEAD_SHARE, RESERVE, SLACK, Estimate
 
 
 def size(n_bytes: float | int) -> str:
@@ -92,7 +92,13 @@ def _assumptions(plan: Plan) -> str:
     how = "activations are dense" if found.dense else sparse
     if "auxiliary" in plan.cfg.active_kinds():
         how += f"; {DEAD_SHARE:.0%} of the features are dead"
-    return f"At most: when most is there at a time, not the sum. Taken for granted: {how}."
+    device = plan.machine.device
+    rest = f"{size(RESERVE[device])} for libraries and {SLACK[device]:.0%} for what the allocator cannot use"
+    rest += "; on CPUs also what is under host" * (device == "cpu")
+    return (
+        f"At most: when most is there at a time, not the sum. Taken for granted: {how}.\nReserve: {rest}. "
+        "Host: memory of the machine for tokens that are shuffled and for a checkpoint on its way to disk."
+    )
 
 
 def _wire(plan: Plan) -> Iterator[Table]:

@@ -177,7 +177,7 @@ def _balance(
 ) -> Float[Tensor, ""] | float:
     """A factor besides the coefficient: with `balance`, reconstruction / value, without a gradient of its own.
 
-    It is of the part of the batch at hand. A value that is not above zero, as that of a perfect replacement, has no
+    It is of the micro-batch, over all ranks. A value that is not above zero, as that of a perfect replacement, has no
     gradient either and gets the factor zero.
     """
     term = cfg.loss[name]
@@ -185,8 +185,9 @@ def _balance(
         return 1.0
     share = 1.0 if whole is None else whole.share
     with torch.no_grad():
-        target = share * reconstruction(batch, term)
-        return torch.where(value > 0, target / value, 0.0)
+        both = torch.stack([share * reconstruction(batch, term), value.detach()])
+        target, over_all = batch.parts.over_tokens(both)
+        return torch.where(over_all > 0, target / over_all, 0.0)
 
 
 def encoder(transcoder: Transcoder, cfg: TrainConfig, moment: Moment, parts: Parts = WHOLE) -> Encode:

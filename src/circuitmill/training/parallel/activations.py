@@ -87,7 +87,15 @@ class Kept:
 
 
 def kept(
-    cfg: TrainConfig, *, tokens: int, n_features: int, d_model: int, device: str, shards: bool, dead: float
+    cfg: TrainConfig,
+    *,
+    tokens: int,
+    n_features: int,
+    d_model: int,
+    device: str,
+    shards: bool,
+    elsewhere: bool,
+    dead: float,
 ) -> Kept:
     """What stays of one source between its forward and its backward pass.
 
@@ -98,6 +106,7 @@ def kept(
         d_model: Width of the activations.
         device: cpu, on which few kept places are worth while, or cuda.
         shards: Whether features or tokens are shared with other ranks.
+        elsewhere: Whether a part of what is ranked is on another rank.
         dead: Share of the features that are dead, which the auxiliary term looks at.
     """
     share = kept_share(cfg, d_model)
@@ -107,7 +116,7 @@ def kept(
         maps = _DENSE["together"] + _UNKNOWN
         dense = True
     else:
-        maps = (_DENSE if dense else _SPARSE)[_ranking(name, shards=shards)]
+        maps = (_DENSE if dense else _SPARSE)[_ranking(name, elsewhere=elsewhere)]
     if device == "cpu" and not shards and name in ("topk", "batch_topk"):
         # while one source is ranked, of which two maps are there besides the copies
         moment = _KTHVALUE + 2 - maps.forward
@@ -140,19 +149,19 @@ def kept(
     )
 
 
-def ranked_at_once(cfg: TrainConfig, *, device: str, shards: bool) -> Real:
+def ranked_at_once(cfg: TrainConfig, *, device: str, shards: bool, elsewhere: bool) -> Real:
     """Maps per source at the moment at which all sources are ranked together; zero if they are not."""
     name = cfg.nonlinearity.name
-    if is_import_path(name) or _ranking(name, shards=shards) != "together":
+    if is_import_path(name) or _ranking(name, elsewhere=elsewhere) != "together":
         return 0.0
     # pre-activations by source and in one tensor, and what of them is positive; then copies, or masks
     return 3 + (_KTHVALUE if device == "cpu" and not shards else 1.25)
 
 
-def _ranking(name: str, *, shards: bool) -> str:
+def _ranking(name: str, *, elsewhere: bool) -> str:
     if name in ("jumprelu", "relu"):
         return name
-    over_ranks = shards and name in TOP_K and name != "groupmax"
+    over_ranks = elsewhere and name in TOP_K and name != "groupmax"
     return "together" if over_ranks or name in ("token_topk", "batch_topk_all") else "by source"
 
 

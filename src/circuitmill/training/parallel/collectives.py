@@ -55,10 +55,18 @@ class Group:
         """The values of every rank, which have the same shape on all of them."""
         if self.size == 1:
             return values[None]
-        values = values.contiguous()
         self.wire.n_bytes += values.nbytes
         whole = values.new_empty((self.size, *values.shape))
-        dist.all_gather(list(whole.unbind(0)), values, group=self.handle)
+        if values.is_cuda:
+            dist.all_gather(list(whole.unbind(0)), values.contiguous(), group=self.handle)
+            return whole
+        # gloo gathers into memory of its own, which costs more than what travels; these arrive where they belong
+        whole[self.index] = values
+        sent: list[Any] = [
+            dist.broadcast(part, group=self.handle, group_src=rank, async_op=True) for rank, part in enumerate(whole)
+        ]
+        for work in sent:
+            work.wait()
         return whole
 
     def gather_rows(self, rows: Shaped[Tensor, "token ..."]) -> Shaped[Tensor, "all_tokens ..."]:

@@ -12,7 +12,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from circuitmill.config.train import TrainConfig
+from circuitmill.config.train import OVER_TOKENS, TrainConfig
 from circuitmill.training.parallel import activations
 from circuitmill.training.parallel.activations import FLOAT, Real
 from circuitmill.training.parallel.census import Census, Division, Parameter, Shape
@@ -146,6 +146,8 @@ class _Pass:
         self.n_sources = census.topology.n_sources
         self._map = FLOAT * tokens * n_features
         shards = division.ranks > 1
+        over_tokens = cfg.nonlinearity.name in OVER_TOKENS
+        elsewhere = division.feature_ranks > 1 or (over_tokens and division.data_ranks > 1)
         self.kept = activations.kept(
             cfg,
             tokens=tokens,
@@ -153,9 +155,10 @@ class _Pass:
             d_model=shape.d_model,
             device=device,
             shards=shards,
+            elsewhere=elsewhere,
             dead=dead,
         )
-        self._at_once = activations.ranked_at_once(cfg, device=device, shards=shards) * self._map
+        self._at_once = activations.ranked_at_once(cfg, device=device, shards=shards, elsewhere=elsewhere) * self._map
         self._written = activations.written(census.topology, cfg, tokens, shape.d_model)
         prefixes = max(1, len(cfg.architecture.prefixes))
         self._outputs = prefixes * FLOAT * tokens * shape.n_layers * shape.d_model

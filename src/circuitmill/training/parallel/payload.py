@@ -7,7 +7,8 @@
 | rankings | the same; those over tokens also ranks that share a batch | rows x (k + 1), in float32 |
 | target l0 | ranks that share features | features that fire, by source and token, in the type of the wire |
 | language model | ranks that share features, with end-to-end terms | what replaces each MLP, and its gradient |
-| shared gradients | the same | of the second halves of low-rank decoders |
+| balance | ranks that share a batch, with a balanced term | what is balanced, in float32 |
+| shared gradients | ranks that share features | of the second halves of low-rank decoders |
 | gradients | ranks that share a batch | of all that is here, with counts of firing in float32 |
 | figures | all | two numbers per term of the loss, two per source and a few more, in float64 |
 
@@ -22,7 +23,7 @@ goes in, like the rest.
 from dataclasses import dataclass, field
 
 from circuitmill.config.names import is_import_path
-from circuitmill.config.train import TOP_K, TrainConfig
+from circuitmill.config.train import END_TO_END, TOP_K, TrainConfig
 from circuitmill.training.parallel.census import Census, Division, Parameter, Shape
 from circuitmill.training.parallel.gradients import shared_inside
 from circuitmill.training.parallel.memory import stored_bytes
@@ -98,6 +99,11 @@ def payload(cfg: TrainConfig, shape: Shape, census: Census, division: Division, 
     ranked = _rankings(cfg, division, n_sources, tokens)
     if ranked:
         step["rankings"] = ranked
+    balanced = sum(
+        bool(term.balance) and (term.term or name) in END_TO_END for name, term in cfg.active_terms().items()
+    )
+    if balanced and division.data_ranks > 1:
+        step["balance"] = cfg.optimizer.micro_batches * balanced * 2 * _FLOAT
     step |= _gradients(cfg, census, division)
     step["figures"] = _DOUBLE * (2 * len(cfg.active_terms()) + 5 + 2 * n_sources)
     row = {"explained variance": _DOUBLE * (1 + layer + 2 * shape.n_layers)} if division.data_ranks > 1 else {}

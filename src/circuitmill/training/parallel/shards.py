@@ -110,6 +110,10 @@ class Shards:
             return partial
         return _Total.apply(partial, self.features, self.wire or partial.dtype)
 
+    def over_tokens(self, values: Float[Tensor, " _"]) -> Float[Tensor, " _"]:
+        """The sum over the ranks that have other tokens."""
+        return self.data.total(values.detach())
+
     def begin(self, partial: Float[Tensor, "*shape"]) -> Callable[[], Float[Tensor, "*shape"]]:
         """As `total`, while this rank goes on working; the function that comes back waits for the sum."""
         if self.features.size == 1:

@@ -139,7 +139,7 @@ def quadratic_l0(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
     The gradient is the threshold's straight-through estimate.
     """
     steps = torch.stack([_steps(batch, source).sum(dim=1) for source in range(len(batch.pre))])
-    return (batch.parts.total(steps) / (term.target or 1.0) - 1).square().sum() / batch.n_tokens
+    return (batch.parts.total(steps, exact=True) / (term.target or 1.0) - 1).square().sum() / batch.n_tokens
 
 
 def frequency(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:

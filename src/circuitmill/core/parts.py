@@ -64,10 +64,14 @@ class Parts(Protocol):
         """Whether other processes have more of a ranking: other features or, if it is over tokens, other tokens."""
         ...
 
-    def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def total(self, partial: Float[Tensor, "..."], *, exact: bool = False) -> Float[Tensor, "..."]:
         """The sum over shards. Each summand gets the gradient of the sum, and that once: not once per shard.
 
         What is computed from the sum is computed by all processes alike, so that none needs the others' gradients.
+
+        Args:
+            partial: The summand of the features here.
+            exact: Whether it must not travel in fewer bits than it has; counts must not.
         """
         ...
 
@@ -80,11 +84,11 @@ class Parts(Protocol):
         """Whether sums are to be begun as early as possible, with `begin`."""
         ...
 
-    def begin(self, partial: Float[Tensor, "*shape"]) -> Callable[[], Float[Tensor, "*shape"]]:
+    def begin(self, partial: Float[Tensor, "..."]) -> Callable[[], Float[Tensor, "..."]]:
         """As `total`, while this process goes on working; the function that comes back waits for the sum."""
         ...
 
-    def spread(self, whole: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def spread(self, whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The same values; the gradients that the shards' features send back are added up."""
         ...
 
@@ -130,7 +134,7 @@ class Whole:
         """Nobody has."""
         return False
 
-    def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def total(self, partial: Float[Tensor, "..."], *, exact: bool = False) -> Float[Tensor, "..."]:
         """There is nothing to add."""
         return partial
 
@@ -138,11 +142,11 @@ class Whole:
         """There is nothing to add."""
         return values.detach()
 
-    def begin(self, partial: Float[Tensor, "*shape"]) -> Callable[[], Float[Tensor, "*shape"]]:
+    def begin(self, partial: Float[Tensor, "..."]) -> Callable[[], Float[Tensor, "..."]]:
         """There is nothing to wait for."""
         return lambda: partial
 
-    def spread(self, whole: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def spread(self, whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """There are no other shards."""
         return whole
 

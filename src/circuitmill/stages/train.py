@@ -27,6 +27,7 @@ from circuitmill.core.transcoder import Transcoder
 from circuitmill.distributed import Ranks
 from circuitmill.errors import UpstreamError
 from circuitmill.stages.train_data import TrainData
+from circuitmill.stages.train_plan import situation_of
 from circuitmill.stores.activations import NORMALIZATION
 from circuitmill.stores.checkpoints import Checkpoints, Saved
 from circuitmill.stores.clt import save_clt
@@ -110,8 +111,9 @@ def _layout(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> tuple[Layout, Es
     Raises:
         ConfigError: these ranks cannot train this transcoder so.
     """
-    n_layers, d_model = data.scaling.input_scale.shape
-    return choose(cfg, Shape(n_layers, d_model), ranks, device=distributed.device())
+    shape, device = Shape(*data.scaling.input_scale.shape), distributed.device()
+    situation = situation_of(cfg, data.cached, shape, device.type)
+    return choose(cfg, shape, ranks, device=device, situation=situation)
 
 
 def _compare(planned: Estimate, rows: list[Row]) -> None:

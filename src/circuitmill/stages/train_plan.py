@@ -174,7 +174,8 @@ def make_plan(
     tokens = _cached_tokens(run, variant, cached, manifest)
     codecs = [_codec_size(name, cfg, cached, found, tokens) for name in CODECS] if cached.mode == "disk" else []
     codec = "" if manifest is not None or not codecs else _codec(codecs, cached, machine)
-    situation = _situation(replace(cached, codec=codec) if codec else cached, cfg, found, machine, tokens)
+    stored = replace(cached, codec=codec) if codec else cached
+    situation = situation_of(cfg, stored, found, machine.device, tokens)
     chosen, proposal = _fitting(cfg, found, machine, situation)
     return Plan(
         run.name,
@@ -301,7 +302,16 @@ def _codec(codecs: list[CodecSize], cached: CacheConfig, machine: Machine) -> st
     return max(smaller, key=lambda each: each.token_bytes).codec if smaller else own.codec
 
 
-def _situation(cached: CacheConfig, cfg: TrainConfig, shape: Shape, machine: Machine, tokens: int) -> Situation:
+def situation_of(cfg: TrainConfig, cached: CacheConfig, shape: Shape, device: str, tokens: int = 0) -> Situation:
+    """What a training's data adds to what a rank needs.
+
+    Args:
+        cfg: Of the training.
+        cached: Of the cache that it reads.
+        shape: Of the activations.
+        device: cuda or cpu.
+        tokens: In the cache; 0 if it is not known, then as many as a pool has.
+    """
     if cached.mode == "stream":
         models = [model for model in (cached.model, cached.second_model) if model is not None]
         name = "bf16" if all(model.dtype == "bfloat16" for model in models) else "float32"
@@ -310,7 +320,8 @@ def _situation(cached: CacheConfig, cfg: TrainConfig, shape: Shape, machine: Mac
     size = _in_memory(name, cached, shape)
     pool = min(cfg.pool_tokens, tokens) if tokens else cfg.pool_tokens
     # one in use, one being read, and the batch that comes next
-    return Situation(machine.device, Stored(size, cached.targets == "recomputed"), (2 * pool + cfg.batch_tokens) * size)
+    pools = (2 * pool + cfg.batch_tokens) * size
+    return Situation("cuda" if device == "cuda" else "cpu", Stored(size, cached.targets == "recomputed"), pools)
 
 
 def _fitting(cfg: TrainConfig, shape: Shape, machine: Machine, situation: Situation) -> tuple[TrainConfig, Estimate]:

@@ -9,5 +9,7 @@
 | cut | a shard of a transcoder, and the whole from its shards |
 | placement | a state in a checkpoint, whatever the layout it was saved from |
 | fsdp | parameters, gradients and optimizer divided between steps |
-| plan | memory and bytes on the wire, before anything is started |
+| plan | what each strategy needs, and which one to take, before anything is started |
+| census, activations, memory, payload | of which the plan is made: parameters, bytes held and sent |
+| choose | the layout of a training that starts |
 """

@@ -12,7 +12,7 @@ from circuitmill.core.decoders import Untied
 from circuitmill.core.topology import Topology
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
-from circuitmill.training.parallel.fsdp import _axes as fsdp_axes
+from circuitmill.training.parallel.fsdp import axes_of
 from circuitmill.training.parallel.layout import chunk
 
 _KINDS = {
@@ -133,7 +133,7 @@ def count(cfg: TrainConfig, shape: Shape, fsdp_ranks: Sequence[int] = ()) -> Cen
         for name, value in transcoder.named_parameters()
     )
     by_ranks = {
-        ranks: tuple(fsdp_axes(transcoder, ranks)[value] for value in transcoder.parameters()) for ranks in fsdp_ranks
+        ranks: tuple(axes_of(transcoder, ranks)[value] for value in transcoder.parameters()) for ranks in fsdp_ranks
     }
     return Census(transcoder.topology, parameters, reason, by_ranks)
 

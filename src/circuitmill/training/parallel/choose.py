@@ -17,7 +17,9 @@ from circuitmill.training.parallel.plan import Estimate, Situation, estimates, i
 _log = logging.getLogger(__name__)
 
 
-def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device) -> tuple[Layout, Estimate]:
+def choose(
+    cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device, situation: Situation
+) -> tuple[Layout, Estimate]:
     """Arrange the ranks as `train.parallel` says, and what that is expected to need; all ranks must come here.
 
     Args:
@@ -25,12 +27,13 @@ def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device
         shape: Of the activations.
         ranks: That train together.
         device: Of this rank.
+        situation: The device and the data.
 
     Raises:
         ConfigError: the strategy is not possible with this configuration on so many ranks.
     """
     rows_of(cfg.batch_tokens, ranks)
-    estimate = _estimate(cfg, shape, ranks, device)
+    estimate = _estimate(cfg, shape, ranks, device, situation)
     _log.info(
         "%d rank%s, strategy %s%s: %.2f GB planned on each",
         ranks.size,
@@ -52,9 +55,8 @@ def choose(cfg: TrainConfig, shape: Shape, ranks: Ranks, *, device: torch.device
     return layout, estimate
 
 
-def _estimate(cfg: TrainConfig, shape: Shape, ranks: Ranks, device: torch.device) -> Estimate:
+def _estimate(cfg: TrainConfig, shape: Shape, ranks: Ranks, device: torch.device, situation: Situation) -> Estimate:
     own = cfg.parallel
-    situation = Situation(device="cuda" if device.type == "cuda" else "cpu")
     memory = int(Group(ranks.rank, ranks.size).gather(torch.tensor(memory_of(device), device=device)).min())
     # one rank has every strategy, and shares nothing
     if own.strategy == "auto" or (ranks.size == 1 and own.strategy != "single"):

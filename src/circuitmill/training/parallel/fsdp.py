@@ -30,7 +30,7 @@ class Divided(nn.Module):
     def __init__(self, transcoder: Transcoder, layout: Layout) -> None:
         super().__init__()
         self.transcoder = transcoder
-        axes = _axes(transcoder, layout.data.size)
+        axes = axes_of(transcoder, layout.data.size)
         mesh: Any = layout.mesh
         fully_shard(self, mesh=mesh["data"], shard_placement_fn=lambda parameter: Shard(axes[parameter]))
 
@@ -50,8 +50,8 @@ class Divided(nn.Module):
             module.reshard()
 
 
-def _axes(transcoder: Transcoder, n_ranks: int) -> dict[nn.Parameter, int]:
-    """Longest axis that can be divided equally; the first otherwise, which need not be."""
+def axes_of(transcoder: Transcoder, n_ranks: int) -> dict[nn.Parameter, int]:
+    """Axis along which each parameter is divided: the longest that can be divided equally, or the first one."""
     found = {}
     for parameter in transcoder.parameters():
         equal = [axis for axis, size in enumerate(parameter.shape) if size % n_ranks == 0]

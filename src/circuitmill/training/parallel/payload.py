@@ -5,7 +5,7 @@
 | batch | ranks that share features | a rank's own rows as they are stored, and recomputed outputs in float32 |
 | reconstructions | the same | prefixes x tokens x layers x d_model, in the type of the wire |
 | rankings | the same; those over tokens also ranks that share a batch | rows x (k + 1), in float32 |
-| target l0 | ranks that share features | features that fire, by source and token, in the type of the wire |
+| target l0 | ranks that share features | features that fire, by source and token, in float32 |
 | language model | ranks that share features, with end-to-end terms | what replaces each MLP, and its gradient |
 | balance | ranks that share a batch, with a balanced term | what is balanced, in float32 |
 | shared gradients | ranks that share features | of the second halves of low-rank decoders |
@@ -85,7 +85,7 @@ def payload(cfg: TrainConfig, shape: Shape, census: Census, division: Division, 
             step["batch"] = rows * (stored.token_bytes + (_FLOAT * layer if stored.recomputed else 0))
         step["reconstructions"] = max(1, len(cfg.architecture.prefixes)) * tokens * layer * wide
         if "quadratic_l0" in cfg.active_kinds():
-            step["target l0"] = _terms_of(cfg, "quadratic_l0") * n_sources * tokens * wide
+            step["target l0"] = _terms_of(cfg, "quadratic_l0") * n_sources * tokens * _FLOAT
         if cfg.end_to_end:
             step["language model"] = tokens * layer * wide + tokens * (layer - shape.d_model) * _FLOAT
         shared = [p for p in census.parameters if p.trained and p.name in shared_inside([p.name])]

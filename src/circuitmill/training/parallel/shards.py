@@ -24,6 +24,13 @@ from circuitmill.training.parallel.collectives import Group
 CPU = torch.device("cpu")
 _LATER = 1 << 44
 """Places of one rank's tokens stand below it, those of the next rank's above."""
+_TINY = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+"""The smallest number above zero."""
+
+
+def _spare(partial: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a partial sum can be overwritten: it is the result of an operation, and nobody's parameter or part."""
+    return partial.grad_fn is not None and partial._base is None and partial.is_contiguous() and partial.dtype == dtype
 
 
 class _Total(torch.autograd.Function):
@@ -31,9 +38,11 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-        return group.add_(partial.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)).to(
-            partial.dtype
-        )
+        if not _spare(partial, dtype):
+            sent = partial.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
+            return group.add_(sent).to(partial.dtype)
+        ctx.mark_dirty(partial)
+        return group.add_(partial)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -104,21 +113,25 @@ class Shards:
         """Whether other ranks have more of a ranking."""
         return self.features.size > 1 or (over_tokens and self.data.size > 1)
 
-    def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The sum over the ranks that share features."""
+    def total(self, partial: Float[Tensor, "..."], *, exact: bool = False) -> Float[Tensor, "..."]:
+        """The sum over the ranks that share features; it may take the place of the partial sum."""
         if self.features.size == 1:
             return partial
-        return _Total.apply(partial, self.features, self.wire or partial.dtype)
+        dtype = partial.dtype if exact or self.wire is None else self.wire
+        return _Total.apply(partial, self.features, dtype)
 
     def over_tokens(self, values: Float[Tensor, " _"]) -> Float[Tensor, " _"]:
         """The sum over the ranks that have other tokens."""
         return self.data.total(values.detach())
 
-    def begin(self, partial: Float[Tensor, "*shape"]) -> Callable[[], Float[Tensor, "*shape"]]:
+    def begin(self, partial: Float[Tensor, "..."]) -> Callable[[], Float[Tensor, "..."]]:
         """As `total`, while this rank goes on working; the function that comes back waits for the sum."""
         if self.features.size == 1:
             return lambda: partial
-        sent = partial.detach().to(self.wire or partial.dtype, memory_format=torch.contiguous_format, copy=True)
+        dtype = self.wire or partial.dtype
+        sent = partial.detach()
+        if not _spare(partial, dtype):
+            sent = sent.to(dtype, memory_format=torch.contiguous_format, copy=True)
         wait = self.features.begin_add_(sent)
 
         def arrived() -> Tensor:
@@ -127,7 +140,7 @@ class Shards:
 
         return arrived
 
-    def spread(self, whole: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def spread(self, whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The same values; gradients are added up over the ranks that share features."""
         return whole if self.features.size == 1 else _Spread.apply(whole, self.features)
 
@@ -151,7 +164,7 @@ class Shards:
             return torch.zeros_like(values, dtype=torch.bool)
         ordered = candidates.sort(dim=1, descending=True).values
         least = ordered[:, k - 1 : k]
-        kept = (values >= least) & (values > 0)
+        kept = values >= least.clamp_min(_TINY[values.dtype])
         rows = ((ordered[:, k] == least[:, 0]) & (least[:, 0] > 0)).nonzero().flatten()
         if len(rows):
             room = k - (ordered[rows] > least[rows]).sum(dim=1)

@@ -110,6 +110,7 @@ _FALLING = NonlinearityConfig("topk", k=4.0, k_start=7.0, k_ramp_share=0.75, cal
 
 
 _THROUGH = {"kl": TermConfig(0.5), "cross_entropy": TermConfig(0.2)}
+_BALANCED = {"kl": TermConfig(0.5, balance=True)}
 
 
 def _changed(case: str, **changes: Any) -> Training:
@@ -137,6 +138,7 @@ TRAININGS: dict[str, Training] = {
     "adapter": _changed("jumprelu", base="main", adapter_rank=2),
     "end_to_end": _changed("jumprelu", loss=CASES["jumprelu"].loss | _THROUGH),
     "end_to_end_topk": _changed("topk", loss=CASES["topk"].loss | _THROUGH),
+    "balanced": _changed("jumprelu", loss=CASES["jumprelu"].loss | _BALANCED, optimizer__micro_batches=3),
     "end_to_end_micro": _changed("batch_topk", loss=CASES["topk"].loss | _THROUGH, optimizer__micro_batches=3),
 }
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from circuitmill.core.codecs import Encoded, StoredBatch
@@ -126,9 +126,15 @@ def _all_rows(inputs: Encoded, outputs: Encoded | None, group: Group) -> tuple[E
     parts = group.gather_rows(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=1)
     found: list[dict[str, Tensor]] = [{} for _ in sides]
     for (side, name, value), part in zip(arrays, parts, strict=True):
-        found[side][name] = part.contiguous().view(value.dtype).view(-1, *value.shape[1:])
+        found[side][name] = _numbers(part, value.dtype).unflatten(1, value.shape[1:])
     whole = [replace(each, arrays=arrays) for each, arrays in zip(sides, found, strict=True)]
     return whole[0], whole[1] if len(whole) > 1 else None
+
+
+def _numbers(stored: UInt8[Tensor, "token byte"], dtype: torch.dtype) -> Shaped[Tensor, "token _"]:
+    """What bytes stand for, where they are if they are aligned."""
+    aligned = stored.stride(0) % dtype.itemsize == 0 and stored.storage_offset() % dtype.itemsize == 0
+    return (stored if aligned else stored.contiguous()).view(dtype)
 
 
 def _unclear(found: str) -> ShapeError:

@@ -222,7 +222,8 @@ def evaluation(
         together = row.apply(torch.stack(pre, dim=1), transcoder.log_threshold, settings)
         # somebody else's function may have a gradient where it is zero
         form = Dense if is_import_path(cfg.nonlinearity.name) else _operand
-        operands = [form(together[:, source]) for source in range(transcoder.n_sources)]
+        # their gradients are put together once; by index each would be put among zeros
+        operands = [form(a) for a in together.unbind(1)]
     reconstruction = Reconstruction(transcoder, x, spans_of(cfg.architecture.prefixes, cfg.n_features), parts)
     for source in range(transcoder.n_sources):
         if len(pre) == source:

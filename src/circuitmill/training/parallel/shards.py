@@ -175,7 +175,7 @@ class Shards:
         return kept
 
 
-def _first(values: Tensor, count: int, *, biggest: bool, fill: float) -> Float[Tensor, "row column"]:
+def _first(values: Tensor, count: int, *, biggest: bool, fill: float | int) -> Float[Tensor, "row column"]:
     """The so many largest or smallest numbers of each row, filled up to as many if there are fewer."""
     found = values.topk(min(count, values.shape[1]), dim=1, largest=biggest, sorted=False).values
     missing = count - found.shape[1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from circuitmill.core.parts import Shard, largest
@@ -175,14 +175,14 @@ class Shards:
         return kept
 
 
-def _first(values: Tensor, count: int, *, biggest: bool, fill: float | int) -> Float[Tensor, "row column"]:
+def _first(values: Tensor, count: int, *, biggest: bool, fill: float | int) -> Shaped[Tensor, "row column"]:
     """The so many largest or smallest numbers of each row, filled up to as many if there are fewer."""
     found = values.topk(min(count, values.shape[1]), dim=1, largest=biggest, sorted=False).values
     missing = count - found.shape[1]
     return torch.cat([found, found.new_full((len(found), missing), fill)], dim=1) if missing else found
 
 
-def _columns(group: Group, values: Tensor) -> Float[Tensor, "row column"]:
+def _columns(group: Group, values: Tensor) -> Shaped[Tensor, "row column"]:
     """The columns of all ranks beside each other."""
     return values if group.size == 1 else torch.cat(list(group.gather(values).unbind(0)), dim=1)
 

@@ -41,7 +41,7 @@ def at(state: TrainState, step: int) -> TrainState:
 
 def with_l0(state: TrainState, l0: float) -> TrainState:
     """As if so many features per layer had been firing."""
-    state.density = torch.full_like(state.density, l0 / state.density.shape[1])
+    state.l0 = torch.full_like(state.l0, l0)
     return state
 
 

@@ -42,14 +42,14 @@ _SPARSE = {
     "jumprelu": Maps(1, 0.25, 0, 2.25),
     "relu": Maps(2, 0.5, 1, 2),
     "by source": Maps(2.25, 1.25, 1.25, 2),
-    "together": Maps(4.25, 0, 4.25, 0.1),
+    "together": Maps(4.25, 0, 3.4, 0.1),
 }
 """By nonlinearity, or how it ranks: pre-activations, and what `nonlinearity._keep` makes of them."""
 _DENSE = {
     "jumprelu": Maps(2, 0.25, 2, 2.25),
     "relu": Maps(2, 0.25, 1, 2),
     "by source": Maps(3.25, 0.25, 2.25, 1),
-    "together": Maps(4.25, 0, 5.25, 0),
+    "together": Maps(4.25, 0, 3.4, 0),
 }
 _KTHVALUE = 3
 """On a CPU a choice among whole rows copies them, with the place of each number (`core.parts.largest`)."""

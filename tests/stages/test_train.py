@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,6 +179,15 @@ def test_a_terminated_command_exits_with_75_and_continues(cfg, upstreams, tmp_pa
     _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert "a request to stop after step" in errors and "run the same command again" in errors
+
+
+def test_what_was_needed_is_said_beside_what_was_planned(cfg, upstreams, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        stage.run(cfg, **upstreams, out=tmp_path / "train")
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("peak memory")]
+    total, more, planned, reserved = map(float, re.findall(r"\d+\.\d\d", said))
+    assert "planned" in said and total > more >= 0 and reserved > planned >= 0
+    assert any("strategy single" in record.getMessage() for record in caplog.records)
 
 
 def test_another_configuration_starts_again(cfg, upstreams, tmp_path):

@@ -29,7 +29,7 @@ class ParallelConfig:
         groups = self.strategy in ("auto", "mesh")
         for good, expected, key in (
             (self.feature_ranks >= 0, "a number of at least 0", "feature_ranks"),
-            (self.feature_ranks == 0 or groups, "0, except with strategy mesh", "feature_ranks"),
+            (self.feature_ranks == 0 or groups, "0, except with strategy mesh or auto", "feature_ranks"),
             (self.timeout_s > 0, "a number of seconds above 0", "timeout_s"),
         ):
             if not good:

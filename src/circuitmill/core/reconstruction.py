@@ -54,18 +54,15 @@ class Reconstruction:
 
     def _completed(self, source: int) -> list[int]:
         """Layers that no later source writes to."""
-        writes = self._coder.topology.writes
-        return [layer for layer in writes[source] if not any(layer in later for later in writes[source + 1 :])]
+        topology = self._coder.topology
+        return [layer for layer in topology.writes[source] if topology.writers(layer)[-1][0] == source]
 
     def _layer(self, layer: int) -> list[Float[Tensor, "token d_model"]]:
         """What the shard writes to a layer, by prefix."""
-        writers = [
-            (written, targets.index(layer))
-            for written, targets in zip(self._written, self._coder.topology.writes, strict=False)
-            if layer in targets
+        return [
+            self._coder.collected(layer, [written[prefix] for written in self._written])
+            for prefix in range(len(self._spans))
         ]
-        parts = [[written[prefix][index] for written, index in writers] for prefix in range(len(self._spans))]
-        return [sum(found[1:], start=found[0]) for found in parts]
 
     def finish(self) -> list[Float[Tensor, "token layer d_model"]]:
         """The reconstruction by each prefix."""

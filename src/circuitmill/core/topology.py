@@ -42,6 +42,14 @@ class Topology:
         first = sum(len(writes) for writes in self.writes[:source])
         return range(first, first + len(self.writes[source]))
 
+    def writers(self, layer: int) -> tuple[tuple[int, int], ...]:
+        """Who writes to a layer: each source, and which of its targets the layer is.
+
+        >>> make_topology("clt", 3).writers(1)
+        ((0, 1), (1, 0))
+        """
+        return tuple((source, writes.index(layer)) for source, writes in enumerate(self.writes) if layer in writes)
+
     @property
     def n_pairs(self) -> int:
         """Decoder blocks."""

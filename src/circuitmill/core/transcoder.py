@@ -8,6 +8,8 @@ With the default architecture this is the cross-layer transcoder of "Circuit Tra
 "Building an interpretable replacement model"): source l reads layer l and writes to layers l, l + 1, ...
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -204,15 +206,21 @@ class Transcoder(nn.Module):
         Raises:
             ShapeError: it is needed and missing.
         """
-        return self.with_biases(self.collected(written), x)
+        by_target = [each.unbind(1) for each in written]
+        layers = [self.collected(layer, by_target) for layer in range(self.n_layers)]
+        return self.with_biases(torch.stack(layers, dim=1), x)
 
-    def collected(self, written: list[Float[Tensor, "token _ d_model"]]) -> Float[Tensor, "token layer d_model"]:
-        """Sum what each source wrote into the layers it wrote to."""
-        parts: list[list[Tensor]] = [[] for _ in range(self.n_layers)]
-        for source, targets in enumerate(self.topology.writes):
-            for index, target in enumerate(targets):
-                parts[target].append(written[source][:, index])
-        return torch.stack([sum(found[1:], start=found[0]) for found in parts], dim=1)
+    def collected(
+        self, layer: int, written: Sequence[Sequence[Float[Tensor, "token d_model"]]]
+    ) -> Float[Tensor, "token d_model"]:
+        """Sum what is written to a layer, by all sources that write there.
+
+        Args:
+            layer: The target.
+            written: By source and by its targets, in order.
+        """
+        first, *others = (written[source][index] for source, index in self.topology.writers(layer))
+        return sum(others, start=first)
 
     def with_biases(
         self, written: Float[Tensor, "token layer d_model"], x: Float[Tensor, "token layer d_model"] | None = None

@@ -39,7 +39,7 @@ from circuitmill.training.batches import Batches
 from circuitmill.training.finetune import state_from_base
 from circuitmill.training.heldout import HeldOut, moment_of
 from circuitmill.training.interrupt import StopRequest
-from circuitmill.training.loop import Ended, train
+from circuitmill.training.loop import Ended, peak_memory, train
 from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
 from circuitmill.training.parallel.census import Shape
 from circuitmill.training.parallel.choose import choose
@@ -93,9 +93,10 @@ def run(
     layout, planned = _layout(cfg, data, ranks)
     output = StageOutput("train", cfg, inputs, out, keep=(WANDB, PROFILE)) if ranks.first else None
     layout.world.wait()  # until rank 0 has cleared what another configuration left
+    before = peak_memory(distributed.device())
     state, ended = _train(cfg, data, out, layout)
     if ranks.first:
-        _compare(planned, read_metrics(out / METRICS))
+        _compare(planned, read_metrics(out / METRICS)[-1], before)
     whole = _whole(cfg, state, data, layout)
     if output is not None and whole is not None:
         trained = merged(whole) if cfg.adapter_rank else whole
@@ -116,12 +117,26 @@ def _layout(cfg: TrainConfig, data: TrainData, ranks: Ranks) -> tuple[Layout, Es
     return choose(cfg, shape, ranks, device=device, situation=situation)
 
 
-def _compare(planned: Estimate, rows: list[Row]) -> None:
-    """Say what the training needed, beside what was planned."""
-    _log.info("peak memory %.2f GB (planned %.2f)", rows[-1]["peak_memory_bytes"] / 1e9, planned.total / 1e9)
-    sent = rows[-1].get("wire_bytes_per_step")
-    if sent is not None:
-        _log.info("%.0f bytes sent per step (planned %s)", sent, planned.payload.most)
+def _compare(planned: Estimate, last: Row, before: int) -> None:
+    """Say what the training needed, beside what was planned.
+
+    Args:
+        planned: Before it began.
+        last: Row of metrics.
+        before: Most memory that the process had held until then.
+    """
+    need = 0 if planned.memory is None else planned.memory.peak
+    _log.info(
+        "peak memory %.2f GB, %.2f above what there was before the training; planned %.2f, with reserve %.2f",
+        last["peak_memory_bytes"] / 1e9,
+        (last["peak_memory_bytes"] - before) / 1e9,
+        need / 1e9,
+        planned.total / 1e9,
+    )
+    if "wire_bytes_per_step" in last:
+        step, dead = (sum(part.values()) for part in (planned.payload.step, planned.payload.dead))
+        sent = last["wire_bytes_per_step"]
+        _log.info("%.0f bytes sent per step; planned %d, and %d more while features are dead", sent, step, dead)
 
 
 def _require_base(cfg: TrainConfig, base: Path | None) -> None:

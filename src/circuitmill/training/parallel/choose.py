@@ -1,7 +1,7 @@
 """The layout that a configuration names, or the one that the memory of these ranks suggests."""
 
 import logging
-import os
+from pathlib import Path
 
 import torch
 
@@ -33,7 +33,9 @@ def choose(
         ConfigError: the strategy is not possible with this configuration on so many ranks.
     """
     rows_of(cfg.batch_tokens, ranks)
-    estimate = _estimate(cfg, shape, ranks, device, situation)
+    here = torch.tensor(memory_of(device), device=device)
+    least = int(Group(ranks.rank, ranks.size).gather(here).min())
+    estimate = decide(cfg, shape, ranks.size, least, situation)
     _log.info(
         "%d rank%s, strategy %s%s: %.2f GB planned on each",
         ranks.size,
@@ -55,27 +57,39 @@ def choose(
     return layout, estimate
 
 
-def _estimate(cfg: TrainConfig, shape: Shape, ranks: Ranks, device: torch.device, situation: Situation) -> Estimate:
+def decide(cfg: TrainConfig, shape: Shape, ranks: int, memory: int, situation: Situation) -> Estimate:
+    """The strategy that is named, or the proposal; one rank shares nothing, whatever is named.
+
+    Args:
+        cfg: Of the training.
+        shape: Of the activations.
+        ranks: That train together.
+        memory: Bytes that the rank with least can have.
+        situation: The device and the data.
+
+    Raises:
+        ConfigError: the strategy is not possible with this configuration on so many ranks.
+    """
     own = cfg.parallel
-    memory = int(Group(ranks.rank, ranks.size).gather(torch.tensor(memory_of(device), device=device)).min())
-    # one rank has every strategy, and shares nothing
-    if own.strategy == "auto" or (ranks.size == 1 and own.strategy != "single"):
-        return propose(cfg, shape, ranks.size, memory, situation)
-    reason = impossible(cfg, own.strategy, ranks.size, own.feature_ranks)
+    if own.strategy == "auto" or ranks == 1:
+        return propose(cfg, shape, ranks, memory, situation)
+    reason = impossible(cfg, own.strategy, ranks, own.feature_ranks)
     if reason:
         raise ConfigError(
-            f"a training that {ranks.size} ranks can share by strategy {own.strategy}",
+            f"a training that {ranks} ranks can share by strategy {own.strategy}",
             found=reason,
             where="train.parallel.strategy",
             fix="set train.parallel.strategy=auto, or change what is named; `circuitmill plan` says what is possible",
         )
-    found = [each for each in estimates(cfg, shape, ranks.size, memory, situation) if each.strategy == own.strategy]
+    found = [each for each in estimates(cfg, shape, ranks, memory, situation) if each.strategy == own.strategy]
     possible = [each for each in found if not each.impossible]
     return next((each for each in possible if each.fits), min(possible, key=lambda each: each.total))
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that a rank can have: of its GPU, or of what the host has free, shared with the other ranks there."""
+    """Bytes that a rank can have: of its GPU, or its share of what processes on the host can get."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.local_size()
+    # free pages would not do: what the kernel keeps of files is given to whoever asks
+    figures = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(figures["MemAvailable"].split()[0]) * 1024 // distributed.local_size()

@@ -93,7 +93,5 @@ def squares(names: Mapping[nn.Parameter, str], divided: Callable[[str], bool]) -
             local(p.grad) for p, name in names.items() if p.grad is not None and divided(name) is own and p.grad.numel()
         ]
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
-        found.append(
-            torch.stack([norm.double().cpu() if not norm.is_cuda else norm.double() for norm in norms]).square().sum()
-        )
+        found.append(torch.stack([norm.double() for norm in norms]).square().sum())
     return torch.stack([each.to(found[0].device) for each in found])

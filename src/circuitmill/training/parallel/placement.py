@@ -96,9 +96,5 @@ class Placement:
             found[base if base in _OF_RANK else name] = entry.tensor if isinstance(entry, Part) else entry
         return found
 
-    def divided(self, parameter: str) -> bool:
-        """Whether other ranks have other parts of a parameter."""
-        return parameter in self._stretches
-
     def _stretch(self, name: str) -> "_Stretch | None":
         return self._stretches.get(name.split("/")[-1] if "/" in name else name.removeprefix("parameter."))

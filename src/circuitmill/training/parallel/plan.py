@@ -18,8 +18,8 @@ from circuitmill.training.parallel.memory import Memory, memory
 from circuitmill.training.parallel.payload import Payload, Stored, payload
 
 SMALL_WIRE = 64 * 2**20
-"""Bytes of gradients, per step, up to which ranks had better share the batch: sending so little costs less than waiting
-for each other in the middle of every step."""
+"""Bytes per step up to which ranks share the batch whatever else sends less. Taken, not measured: so little is sent in
+a moment, and ranks that share features wait for each other in the middle of every step too."""
 DEAD_SHARE = 0.25
 """Of features that are taken to be dead at a time; what the auxiliary term needs grows with them."""
 RESERVE = {"cuda": 2_000_000_000, "cpu": 500_000_000}

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from circuitmill.config.architecture import ArchitectureConfig
+from circuitmill.config.optimizer import OptimizerConfig
 from circuitmill.config.train import (
     InitConfig,
     MonitorConfig,
     NonlinearityConfig,
-    OptimizerConfig,
     TermConfig,
     TrainConfig,
 )

@@ -5,7 +5,8 @@ import torch
 from tests.training.clt_forge_recipe import Recipe
 from tests.training.helpers import run, tiny
 
-from circuitmill.config.train import InitConfig, NonlinearityConfig, OptimizerConfig, TermConfig
+from circuitmill.config.optimizer import OptimizerConfig
+from circuitmill.config.train import InitConfig, NonlinearityConfig, TermConfig
 from circuitmill.core.codecs import StoredBatch, plain_batch
 from circuitmill.core.scaling import Scaling
 from circuitmill.training.batches import Batches

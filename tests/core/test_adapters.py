@@ -8,7 +8,8 @@ from circuitmill.core.operand import Dense
 from circuitmill.core.scaling import Scaling, fold
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, ShapeError
-from circuitmill.kernels import sparse
+from circuitmill.kernels.entries import places
+from circuitmill.kernels.sparse import Sparse
 
 N_LAYERS, D_MODEL, N_TOKENS = 4, 5, 11
 FORMS = {
@@ -133,8 +134,8 @@ def test_what_is_written_and_its_gradient_equal_the_loop(name):
         expected = torch.einsum("nf,ftd->ntd", a, block)
         torch.testing.assert_close(decoder.block(source), block)
         torch.testing.assert_close(decoder.block(source, slice(2, 5)), block[2:5])
-        entries = sparse.places(a > 0)
-        for operand in (Dense(a), sparse.Sparse(entries, entries.gather(a))):
+        entries = places(a > 0)
+        for operand in (Dense(a), Sparse(entries, entries.gather(a))):
             written = decoder.written(source, operand)
             torch.testing.assert_close(written, expected)
             ours = torch.autograd.grad(written.square().sum(), trained, retain_graph=True)

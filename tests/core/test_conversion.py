@@ -21,7 +21,7 @@ def pre_of(coder, x):
 
 def kept_of(coder, pre, name):
     """Pre-activations and numbers of kept places, by source."""
-    a = NONLINEARITIES[name].apply(pre, coder.log_threshold, Settings(k=K))
+    a = NONLINEARITIES[name](pre, coder.log_threshold, Settings(k=K))
     return list(pre.unbind(dim=1)), (a > 0).sum(dim=(0, 2)).tolist()
 
 
@@ -139,7 +139,7 @@ def test_every_source_has_an_entry():
 @pytest.mark.parametrize("block", [5, 1024])
 def test_each_feature_fires_as_often_as_it_is_kept(coder, name, block):
     x = tokens_for(coder, 40)
-    kept = NONLINEARITIES[name].apply(pre_of(coder, x), coder.log_threshold, Settings(k=K)) > 0
+    kept = NONLINEARITIES[name](pre_of(coder, x), coder.log_threshold, Settings(k=K)) > 0
     wanted = kept.sum(dim=0)
     set_thresholds(coder, feature_thresholds(coder, x, wanted, block=block))
     assert torch.equal((coder.encode(x) > 0).sum(dim=0), wanted)

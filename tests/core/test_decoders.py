@@ -7,7 +7,8 @@ from circuitmill.core.decoders import ALL, Mixture, Untied
 from circuitmill.core.operand import Dense
 from circuitmill.core.parts import spans_of
 from circuitmill.errors import ShapeError
-from circuitmill.kernels import sparse
+from circuitmill.kernels.entries import places
+from circuitmill.kernels.sparse import Sparse
 
 WITHOUT_VECTORS = {
     "molt": "features that write a vector; found transforms",
@@ -29,8 +30,8 @@ def operand(a, kind):
     if kind == "dense":
         return Dense(a)
     # some places with a zero are kept too, as those near the threshold are
-    entries = sparse.places((a.detach() > 0) | (torch.rand_like(a.detach()) < 0.2))
-    return sparse.Sparse(entries, entries.gather(a))
+    entries = places((a.detach() > 0) | (torch.rand_like(a.detach()) < 0.2))
+    return Sparse(entries, entries.gather(a))
 
 
 def written_in_loops(coder, source, a, x, features):

@@ -7,11 +7,10 @@ from tests.core.coders import ROWS, options, random_transcoder, same_with_gradie
 
 from circuitmill.config.train import END_TO_END, TermConfig
 from circuitmill.config.train import TERMS as CONFIGURED
+from circuitmill.core.encoding import encode, sources_of
 from circuitmill.core.losses import TERMS, Evaluation, find_term, squared_error
-from circuitmill.core.nonlinearity import Settings, jumprelu
-from circuitmill.core.operand import Dense, Operand
+from circuitmill.core.nonlinearity import Settings
 from circuitmill.errors import ConfigError
-from circuitmill.kernels import sparse
 from circuitmill.training import objective
 
 BANDWIDTH = 0.8
@@ -20,16 +19,6 @@ KERNEL = {
     "direct": Settings(bandwidth=BANDWIDTH, derivative="direct"),
     "through": Settings(bandwidth=BANDWIDTH, pass_through=True),
 }
-
-
-def operand(coder, pre, source, settings, kind) -> Operand:
-    """Activations of one source; sparse ones with the places near the threshold, which have gradients too."""
-    own = (settings.bandwidth, settings.derivative, settings.pass_through)
-    log = coder.log_threshold[source]
-    if kind == "dense":
-        return Dense(jumprelu(pre, log, *own))
-    entries = sparse.places(pre.detach() > log.detach().exp() - settings.bandwidth / 2)
-    return sparse.Sparse(entries, jumprelu(entries.gather(pre), log[entries.feature], *own))
 
 
 def dead_of(coder):
@@ -44,11 +33,11 @@ def density_of(coder):
 
 
 def evaluated(coder, x, y, kind="dense", settings=KERNEL["chain"], dead=None):
-    pre = [coder.pre_activations_source(source, x) for source in range(coder.n_sources)]
-    a = [operand(coder, one, source, settings, kind) for source, one in enumerate(pre)]
-    written = [coder.decoder.written(source, one, x[:, source]) for source, one in enumerate(a)]
+    settings = dataclasses.replace(settings, most={"sparse": 1.0, "dense": -1.0}[kind])
+    encodings = encode(sources_of(coder, x), "jumprelu", settings)
+    written = [coder.decoder.written(source, one.a, x[:, source]) for source, one in enumerate(encodings)]
     dead = dead_of(coder) if dead is None else dead
-    return Evaluation(coder, x, y, pre, a, [coder.add_up(written, x)], settings, dead, density_of(coder))
+    return Evaluation(coder, x, y, encodings, [coder.add_up(written, x)], settings, dead, density_of(coder))
 
 
 def in_loops(coder, x, y, settings=KERNEL["chain"]):
@@ -178,47 +167,27 @@ def test_auxiliary_reaches_dead_features_alone():
     assert by_bias is None
 
 
-def part_of(batch, rows):
-    """The same activations, of some tokens."""
-
-    def cut(a):
-        whole = a.dense()[rows]
-        if isinstance(a, Dense):
-            return Dense(whole)
-        entries = sparse.places(whole.detach() > 0)
-        return sparse.Sparse(entries, entries.gather(whole))
-
-    return dataclasses.replace(
-        batch,
-        x=batch.x[rows],
-        y=batch.y[rows],
-        pre=[one[rows] for one in batch.pre],
-        a=[cut(one) for one in batch.a],
-        y_hats=[one[rows] for one in batch.y_hats],
-    )
-
-
 @pytest.mark.parametrize("name", TERM)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("row", ["clt", "crosscoder shared", "molt"])
 def test_mean_over_equal_parts_is_the_whole(name, kind, row):
     coder = small(row, n_features=6)
-    batch = evaluated(coder, *batch_of(coder, 8), kind)
-    whole = TERMS[name](batch, TERM[name])
+    x, y = batch_of(coder, 8)
+    whole = TERMS[name](evaluated(coder, x, y, kind), TERM[name])
     assert whole.abs() > 1e-3
     for size in (4, 2, 1):
-        parts = [TERMS[name](part_of(batch, slice(low, low + size)), TERM[name]) for low in range(0, 8, size)]
+        rows = [slice(low, low + size) for low in range(0, 8, size)]
+        parts = [TERMS[name](evaluated(coder, x[row], y[row], kind), TERM[name]) for row in rows]
         torch.testing.assert_close(sum(parts) / len(parts), whole, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 @pytest.mark.parametrize("row", ["clt", "plt skip", "target pairs", "low rank", "crosscoder shared", "molt"])
-def test_matryoshka_reconstruction_is_the_mean_over_prefixes(row, kind, monkeypatch):
-    monkeypatch.setattr(sparse, "WORTHWHILE", {"sparse": 1.0, "dense": -1.0}[kind])
+def test_matryoshka_reconstruction_is_the_mean_over_prefixes(row, kind):
     prefixes = (1, 3, 6)
     coder = random_transcoder(2, 6, 2, architecture=dataclasses.replace(ROWS[row], prefixes=prefixes))
     x, y = batch_of(coder)
-    cfg = options(coder, nonlinearity__bandwidth=BANDWIDTH)
+    cfg = options(coder, nonlinearity__bandwidth=BANDWIDTH, products=kind)
     moment = objective.Moment(0, dead_of(coder), density_of(coder))
     ours = TERMS["reconstruction"](objective.evaluation(coder, x, y, cfg, moment), TERM["reconstruction"])
     _, a = reference.encode(coder, x, bandwidth=BANDWIDTH)

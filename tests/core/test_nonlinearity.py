@@ -46,7 +46,7 @@ def test_the_configuration_names_the_rows():
 def test_values_and_gradients_equal_the_loop(name, levels, shape, k):
     *sizes, seed = shape
     pre, log = made(sizes, seed, levels)
-    ours = NONLINEARITIES[name].apply(pre, log, Settings(k=k))
+    ours = NONLINEARITIES[name](pre, log, Settings(k=k))
     same(ours, reference.activations(name, pre, k=k), pre, log)
 
 
@@ -56,7 +56,7 @@ def test_values_and_gradients_equal_the_loop(name, levels, shape, k):
 def test_groupmax_equals_the_loop(levels, shape, size):
     n_tokens, sources, groups, seed = shape
     pre, log = made((n_tokens, sources, groups * size), seed, levels)
-    a = NONLINEARITIES["groupmax"].apply(pre, log, Settings(k=float(groups)))
+    a = NONLINEARITIES["groupmax"](pre, log, Settings(k=float(groups)))
     same(a, reference.activations("groupmax", pre, k=groups), pre, log)
     by_group = (a > 0).view(n_tokens, sources, groups, size).sum(dim=3)
     assert (by_group <= 1).all() and (a > 0).sum(dim=2).max() <= groups
@@ -70,7 +70,7 @@ def test_jumprelu_equals_the_loop(derivative, pass_through, shape, bandwidth):
     *sizes, seed = shape
     pre, log = made(sizes, seed)
     settings_ = Settings(bandwidth=bandwidth, derivative=derivative, pass_through=pass_through)
-    ours = NONLINEARITIES["jumprelu"].apply(pre, log, settings_)
+    ours = NONLINEARITIES["jumprelu"](pre, log, settings_)
     theirs = reference.jumprelu(pre, log, bandwidth, derivative, pass_through)
     same(ours, theirs, pre, log)
 
@@ -156,7 +156,7 @@ def test_realised_l0_is_exact(name, k, kind):
     if kind == "all equal":
         pre = torch.ones(6, 3, 8)
     axes, wanted = L0[name](k)
-    a = NONLINEARITIES[name].apply(pre, torch.zeros(3, 8), Settings(k=k))
+    a = NONLINEARITIES[name](pre, torch.zeros(3, 8), Settings(k=k))
     assert ((a > 0).sum(dim=axes) == wanted).all()
     assert torch.equal(a[a > 0], pre[a > 0])
 
@@ -165,7 +165,7 @@ def test_realised_l0_is_exact(name, k, kind):
 @pytest.mark.parametrize("k", [0.25, 0.5, 1.75, 8.0])
 def test_k_of_a_batch_may_be_a_fraction(name, k):
     pre = torch.rand(4, 3, 8) + 0.1
-    a = NONLINEARITIES[name].apply(pre, torch.zeros(3, 8), Settings(k=k))
+    a = NONLINEARITIES[name](pre, torch.zeros(3, 8), Settings(k=k))
     assert (a > 0).sum().item() == 4 * 3 * k
     if name == "batch_topk":
         assert (a > 0).sum(dim=(0, 2)).tolist() == [4 * k] * 3
@@ -178,14 +178,14 @@ def test_fewer_positive_than_k_are_all_kept(name):
     pre[0] = -1
     assert 0 < (pre > 0).sum() < 20
     k = 8.0
-    a = NONLINEARITIES[name].apply(pre, torch.zeros(2, 8), Settings(k=k))
+    a = NONLINEARITIES[name](pre, torch.zeros(2, 8), Settings(k=k))
     assert torch.equal(a, pre.relu())
 
 
 @pytest.mark.parametrize("name", TOP_K)
 def test_of_equal_values_the_first_are_kept(name):
     pre = torch.ones(2, 2, 4)
-    kept = NONLINEARITIES[name].apply(pre, torch.zeros(2, 4), Settings(k=1.0)) > 0
+    kept = NONLINEARITIES[name](pre, torch.zeros(2, 4), Settings(k=1.0)) > 0
     first = torch.zeros(2, 2, 4, dtype=torch.bool)
     if name in ("topk", "groupmax"):
         first[:, :, 0] = True
@@ -239,8 +239,7 @@ def test_a_function_of_ones_own():
         coder, nonlinearity__name="tests.core.plugins:above_half", loss={"reconstruction": {"coefficient": 1}}
     )
     x = tokens_for(coder)
-    found = find_nonlinearity("tests.core.plugins:above_half")
-    assert found.scope == "all" and found.apply is plugins.above_half
+    assert find_nonlinearity("tests.core.plugins:above_half") is plugins.above_half
     result = evaluate_batch(coder, x, x, cfg, moment_of(coder))
     assert result.firings.tolist() == (coder.pre_activations(x) > 0.5).sum(dim=0).tolist()
 

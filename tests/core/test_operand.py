@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from circuitmill.core.operand import Dense, Operand
-from circuitmill.kernels import sparse
+from circuitmill.kernels.entries import places
+from circuitmill.kernels.sparse import Sparse
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def operand(request, a):
     kept = a.detach() > 0
     if request.param == "sparse with zeros":
         kept |= torch.rand(6, 5) < 0.3
-    entries = sparse.places(kept)
-    return sparse.Sparse(entries, entries.gather(a))
+    entries = places(kept)
+    return Sparse(entries, entries.gather(a))
 
 
 def same(ours, theirs, *parameters):

@@ -4,11 +4,9 @@ from tests.core import reference
 from tests.core.test_transcoder import random_transcoder
 from tests.training.helpers import tiny
 
-from circuitmill.config.train import OVER_SOURCES, TermConfig
+from circuitmill.config.train import TermConfig
 from circuitmill.core.losses import auxiliary
-from circuitmill.core.nonlinearity import NONLINEARITIES
 from circuitmill.errors import ShapeError
-from circuitmill.kernels import sparse
 from circuitmill.training import objective
 
 
@@ -40,9 +38,8 @@ def gradients(clt, loss):
 
 
 @pytest.mark.parametrize("way", ["sparse", "dense"])
-def test_terms_equal_the_double_loop(clt, pair, way, monkeypatch):
-    monkeypatch.setattr(sparse, "WORTHWHILE", {"sparse": 1.0, "dense": -1.0}[way])
-    cfg = tiny(loss__tanh_sparsity=TermConfig(1.4, 1.0, scale=1.3))
+def test_terms_equal_the_double_loop(clt, pair, way):
+    cfg = tiny(loss__tanh_sparsity=TermConfig(1.4, 1.0, scale=1.3), products=way)
     result = result_of(clt, pair, cfg)
     pre, a = reference.encode(clt, pair[0])
     expected = {
@@ -58,11 +55,11 @@ def test_terms_equal_the_double_loop(clt, pair, way, monkeypatch):
     assert result.l0.tolist() == pytest.approx((a > 0).double().sum(dim=2).mean(dim=0).tolist())
 
 
-def test_sparse_and_dense_way_have_the_same_gradients(clt, pair, monkeypatch):
+def test_sparse_and_dense_way_have_the_same_gradients(clt, pair):
     found = []
-    for limit in (1.0, -1.0):
-        monkeypatch.setattr(sparse, "WORTHWHILE", limit)
-        result = result_of(clt, pair, tiny())
+    for way in ("sparse", "dense"):
+        result = result_of(clt, pair, tiny(products=way))
+        assert result.sparse == (way == "sparse",) * 2
         found.append(gradients(clt, result.loss))
     for one, other in zip(*found, strict=True):
         assert one.abs().sum() > 0
@@ -144,10 +141,10 @@ def test_end_to_end_terms_come_from_the_whole_sequences(clt, pair):
     torch.testing.assert_close(result.loss, total)
 
 
-def test_the_encoder_is_that_of_the_evaluation(clt, pair, monkeypatch):
-    for limit in (1.0, -1.0):
-        monkeypatch.setattr(sparse, "WORTHWHILE", limit)
-        batch, encode = objective.evaluation(clt, *pair, tiny(), at(0.5)), objective.encoder(clt, tiny(), at(0.5))
+def test_the_encoder_is_that_of_the_evaluation(clt, pair):
+    for way in ("sparse", "dense"):
+        cfg = tiny(products=way)
+        batch, encode = objective.evaluation(clt, *pair, cfg, at(0.5)), objective.encoder(clt, cfg, at(0.5))
         for source in range(2):
             found = encode(source, pair[0][:, source])
             assert type(found) is type(batch.a[source])
@@ -186,7 +183,3 @@ def test_the_share_weighs_all_other_terms(clt, pair):
 def test_end_to_end_terms_without_sequences_are_refused(clt, pair):
     with pytest.raises(ShapeError, match="whole sequences for kl; found tokens without the sequences"):
         objective.evaluate_batch(clt, *pair, end_to_end(kl=TermConfig(1.0)), at(0.5))
-
-
-def test_the_configuration_knows_which_nonlinearities_need_all_sources():
-    assert tuple(name for name, row in NONLINEARITIES.items() if row.scope == "all") == OVER_SOURCES

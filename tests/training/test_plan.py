@@ -19,7 +19,6 @@ from circuitmill.config.train import NonlinearityConfig, TermConfig, TrainConfig
 from circuitmill.core import init
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError
-from circuitmill.kernels import sparse
 from circuitmill.training.objective import Moment, evaluate_batch
 from circuitmill.training.parallel import activations
 from circuitmill.training.parallel.census import Division, Shape, count
@@ -294,8 +293,6 @@ PASSES = [
 )
 def test_what_autograd_keeps(name: str, terms: tuple[str, ...], dense: bool, monkeypatch: pytest.MonkeyPatch):
     """Maps of tokens and features are nearly all of it here. What a kernel itself copies is not seen."""
-    monkeypatch.setattr(sparse, "WORTHWHILE", -1.0 if dense else 0.12)
-    monkeypatch.setattr(activations, "WORTHWHILE", -1.0 if dense else 0.12)
     monkeypatch.setattr(activations, "_KTHVALUE", 0)
     k = 0.0 if name in ("jumprelu", "relu") else 8.0
     cfg = tiny(
@@ -306,6 +303,7 @@ def test_what_autograd_keeps(name: str, terms: tuple[str, ...], dense: bool, mon
         warmup_tokens=0,
         decay_share=0.0,
         nonlinearity=NonlinearityConfig(name, bandwidth=0.01, k=k),
+        products="dense" if dense else "auto",
         loss={"reconstruction": TermConfig(1.0), **{term: TERMS[term] for term in terms}},
         init__l0=8.0,
     )

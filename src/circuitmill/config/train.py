@@ -48,6 +48,8 @@ class NonlinearityConfig:
     """jumprelu: what the log-threshold receives, the true chain rule or the derivative by the threshold itself."""
     pass_through: bool = False
     """jumprelu: whether pre-activations near the threshold receive the kernel's derivative too."""
+    band_stride: int = 1
+    """jumprelu: below the threshold the kernel is evaluated on one token in so many, where few places are worked on."""
     k: float = 0.0
     """Top-k kinds: features per token and layer, on average; 0 for the others."""
     k_start: float = 0.0
@@ -205,6 +207,9 @@ class TrainConfig:
     """Start from the transcoder of this variant, or of `run/variant`, instead of starting values."""
     adapter_rank: int = 0
     """With base: train only a low-rank change of its decoders; 0 trains all."""
+    products: Literal["auto", "dense", "sparse"] = field(default="auto", metadata=RESOURCES)
+    """Whether products are with all activations or with those that are not zero; auto takes what is faster for each
+    layer and step. Results are the same up to rounding."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=RESOURCES)
     """How ranks share the work; another choice goes on where this one was."""
 
@@ -288,6 +293,8 @@ class TrainConfig:
         _require(
             own.calibration_tokens > 0, "a number above 0", own.calibration_tokens, "nonlinearity.calibration_tokens"
         )
+        one = own.band_stride == 1 or (own.name == "jumprelu" and own.band_stride > 1)
+        _require(one, "1, or more with jumprelu", own.band_stride, "nonlinearity.band_stride")
         _require(own.name not in TOP_K or own.k > 0, f"a k above 0 with {own.name}", own.k, "nonlinearity.k")
         for key in ("k_ramp_share", "threshold_rate"):
             _require(0 <= getattr(own, key) <= 1, "a share from 0 to 1", getattr(own, key), f"nonlinearity.{key}")

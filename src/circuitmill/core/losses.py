@@ -30,12 +30,14 @@ from torch import Tensor
 
 from circuitmill.config.names import require_known
 from circuitmill.config.train import TermConfig
+from circuitmill.core.encoding import Encoding
 from circuitmill.core.imports import function_at
 from circuitmill.core.nonlinearity import Settings, step
 from circuitmill.core.operand import Operand
 from circuitmill.core.parts import Parts
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.kernels import sparse
+from circuitmill.kernels.entries import Entries, from_places
+from circuitmill.kernels.sparse import Sparse
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,8 @@ class Evaluation:
     """Normalised inputs."""
     y: Float[Tensor, "token layer d_model"]
     """Normalised outputs."""
-    pre: list[Float[Tensor, "token feature"]]
-    """Pre-activations, by source."""
-    a: list[Operand]
-    """Activations, by source."""
+    encodings: list[Encoding]
+    """Pre-activations and activations, by source."""
     y_hats: list[Float[Tensor, "token layer d_model"]]
     """Reconstructions by each Matryoshka prefix; the last one by all features."""
     settings: Settings
@@ -60,6 +60,16 @@ class Evaluation:
     """Running share of tokens on which each feature fires."""
     n_dead: int | None = None
     """Their number, those of other processes included; None if there are no others."""
+
+    @property
+    def a(self) -> list[Operand]:
+        """Activations, by source."""
+        return [encoding.a for encoding in self.encodings]
+
+    @property
+    def pre(self) -> list[Float[Tensor, "token feature"]]:
+        """Pre-activations of all places, by source; computed for who asks, where only few places are worked on."""
+        return [encoding.dense_pre for encoding in self.encodings]
 
     @property
     def parts(self) -> Parts:
@@ -138,7 +148,7 @@ def quadratic_l0(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
 
     The gradient is the threshold's straight-through estimate.
     """
-    steps = torch.stack([_steps(batch, source).sum(dim=1) for source in range(len(batch.pre))])
+    steps = torch.stack([_steps(batch, encoding).by_token() for encoding in batch.encodings])
     return (batch.parts.total(steps, exact=True) / (term.target or 1.0) - 1).square().sum() / batch.n_tokens
 
 
@@ -149,13 +159,21 @@ def frequency(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
     on how a batch is split.
     """
     weights = batch.density / (term.scale or 1.0)
-    losses = [(_steps(batch, source) @ weights[source].to(pre.dtype)).sum() for source, pre in enumerate(batch.pre)]
+    losses = [
+        (_steps(batch, encoding).by_feature() * weight).sum()
+        for encoding, weight in zip(batch.encodings, weights, strict=True)
+    ]
     return torch.stack(losses).sum() / batch.n_tokens
 
 
-def _steps(batch: Evaluation, source: int) -> Float[Tensor, "token feature"]:
-    settings, log_threshold = batch.settings, batch.transcoder.log_threshold[source]
-    return step(batch.pre[source], log_threshold, settings.bandwidth, settings.derivative)
+def _steps(batch: Evaluation, encoding: Encoding) -> Operand:
+    settings = batch.settings
+    below = float(settings.band_stride) if encoding.sparse else 1.0
+
+    def function(pre: Tensor, log_threshold: Tensor) -> Tensor:
+        return step(pre, log_threshold, settings.bandwidth, settings.derivative, below)
+
+    return encoding.pre.mapped(function, encoding.source.log_threshold)
 
 
 def pre_activation(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
@@ -164,10 +182,8 @@ def pre_activation(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
     The norms are weights here and receive no gradient: otherwise the term is also lowered by shrinking the decoders of
     rare features, which then fire and write nothing.
     """
-    weights, threshold = batch.weights(term).detach(), batch.transcoder.threshold
-    parts = [
-        ((threshold[source] - pre).relu().sum(dim=0) * weights[source]).sum() for source, pre in enumerate(batch.pre)
-    ]
+    weights = batch.weights(term).detach()
+    parts = [(encoding.below() * weight).sum() for encoding, weight in zip(batch.encodings, weights, strict=True)]
     return torch.stack(parts).sum() / batch.n_tokens
 
 
@@ -184,12 +200,32 @@ def auxiliary(batch: Evaluation, term: TermConfig) -> Float[Tensor, ""]:
     coder = batch.transcoder
     error = (batch.y - batch.y_hats[-1]).detach()
     explained = torch.zeros_like(error)
-    for source, pre in enumerate(batch.pre):
-        a = sparse.strongest(pre, k, batch.dead[source], batch.parts)
+    for source, encoding in enumerate(batch.encodings):
+        entries = strongest(encoding, k, batch.dead[source], batch.parts)
+        a = Sparse(entries, encoding.at(entries).relu())
         written = coder.decoder.written(source, a, batch.x[:, source])
         explained = explained.index_add(1, _targets(coder, source, error.device), written.to(error.dtype))
     weight = min(1.0, n_dead / (k * coder.n_sources))
     return weight * squared_error(error, batch.parts.total(explained))
+
+
+@torch.no_grad()
+def strongest(encoding: Encoding, k: int, allowed: Bool[Tensor, " feature"], parts: Parts) -> Entries:
+    """The k largest positive pre-activations of each token among the allowed features.
+
+    Args:
+        encoding: Of a source.
+        k: Of all processes that have features of the source.
+        allowed: Of the features here.
+        parts: Where the others are.
+    """
+    chosen = allowed.nonzero().flatten()
+    values, index = encoding.of(chosen).relu().topk(min(k, len(chosen)), dim=1)
+    feature = chosen[index]
+    kept = parts.largest(values, k, lambda: feature + parts.first) & (values > 0)
+    token = torch.arange(len(values), device=values.device)[:, None].expand_as(feature)
+    ordered = (token[kept] * len(allowed) + feature[kept]).sort().values
+    return from_places(ordered // len(allowed), ordered % len(allowed), len(values), len(allowed))
 
 
 def _targets(coder: Transcoder, source: int, device: torch.device) -> Tensor:

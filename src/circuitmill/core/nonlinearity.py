@@ -1,7 +1,8 @@
 """Nonlinearities between pre-activation and activation.
 
 Each is a function of pre-activations h of all sources, [token source feature], and one row of `NONLINEARITIES`. ReLU,
-JumpReLU, TopK and GroupMax look at one token and source at a time, the others at more; `scope` says so.
+JumpReLU, TopK and GroupMax look at one token and source at a time, the others at more. `core.encoding` computes the
+same from the few places that matter.
 
 JumpReLU is discontinuous at its threshold theta, so the derivative of the expected loss by theta is estimated
 with a rectangular kernel (Rajamanoharan et al. 2024, "Jumping Ahead", section 3; a straight-through estimator):
@@ -10,7 +11,9 @@ with a rectangular kernel (Rajamanoharan et al. 2024, "Jumping Ahead", section 3
 
 with rect(u) = 1 for |u| < 1/2. The trained parameter is t = log(theta). The chain rule gives da/dt = da/dtheta * theta;
 one reading of "Circuits Updates, January 2025" hands da/dtheta to t directly. `derivative` names the choice.
-`pass_through` adds (theta / bandwidth) rect to da/dh.
+`pass_through` adds (theta / bandwidth) rect to da/dh. Below the threshold the kernel is a sum over places that do not
+fire, of which there may be many. Where only some of the tokens are looked at there, these places weigh more (`below`),
+and the estimate has the same expected value.
 
 Top-k kinds keep what is largest after a ReLU (Gao et al. 2024, section 2.3; Bussmann et al. 2024, "BatchTopK"). Of
 equal values those with the lower index are kept, so that the choice is the same everywhere. Gradients pass through what
@@ -38,20 +41,26 @@ class _JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pre: Tensor, log_threshold: Tensor, bandwidth: float, derivative: Derivative, pass_through: bool
+        ctx: Any,
+        pre: Tensor,
+        log_threshold: Tensor,
+        bandwidth: float,
+        derivative: Derivative,
+        pass_through: bool,
+        below: float,
     ) -> Tensor:
         threshold = log_threshold.exp()
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth, ctx.derivative, ctx.pass_through = bandwidth, derivative, pass_through
+        ctx.bandwidth, ctx.derivative, ctx.pass_through, ctx.below = bandwidth, derivative, pass_through, below
         return torch.where(pre > threshold, pre, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold = ctx.saved_tensors
         needs_pre, needs_threshold = ctx.needs_input_grad[:2]
         near = None
         if needs_threshold or ctx.pass_through:
-            near = torch.where((pre - threshold).abs_() < ctx.bandwidth / 2, gradient, 0.0)
+            near = _near(pre, threshold, gradient, ctx.bandwidth, ctx.below)
         by_pre = torch.where(pre > threshold, gradient, 0.0) if needs_pre else None
         if by_pre is not None and near is not None and ctx.pass_through:
             by_pre = by_pre + near * (threshold / ctx.bandwidth)
@@ -60,7 +69,13 @@ class _JumpReLU(torch.autograd.Function):
             # theta is the same for all tokens, so it can wait until after the sum over them
             factor = threshold.square() if ctx.derivative == "chain" else threshold
             by_log_threshold = near.sum_to_size(threshold.shape) * (-factor / ctx.bandwidth)
-        return by_pre, by_log_threshold, None, None, None
+        return by_pre, by_log_threshold, None, None, None, None
+
+
+def _near(pre: Tensor, threshold: Tensor, gradient: Tensor, bandwidth: float, below: float) -> Tensor:
+    """The gradient at places within the kernel, zero elsewhere."""
+    near = torch.where((pre - threshold).abs_() < bandwidth / 2, gradient, 0.0)
+    return near if below == 1.0 else torch.where(pre > threshold, near, near * below)
 
 
 def jumprelu(
@@ -69,6 +84,7 @@ def jumprelu(
     bandwidth: float = 1.0,
     derivative: Derivative = "chain",
     pass_through: bool = False,
+    below: float = 1.0,
 ) -> Float[Tensor, "*token feature"]:
     """Keep a pre-activation where it exceeds its threshold, strictly; zero elsewhere.
 
@@ -83,26 +99,29 @@ def jumprelu(
         derivative: What reaches the log-threshold: "chain" is the true chain rule, "direct" leaves out one
             factor theta.
         pass_through: Whether pre-activations within the kernel receive (theta / bandwidth) of the gradient too.
+        below: Weight of places that do not exceed the threshold, in the kernel.
     """
-    return _JumpReLU.apply(pre, log_threshold, bandwidth, derivative, pass_through)
+    return _JumpReLU.apply(pre, log_threshold, bandwidth, derivative, pass_through, below)
 
 
 class _Step(torch.autograd.Function):
     """Heaviside step of pre-activation less threshold, with a derivative by the log-threshold alone."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, log_threshold: Tensor, bandwidth: float, derivative: Derivative) -> Tensor:
+    def forward(
+        ctx: Any, pre: Tensor, log_threshold: Tensor, bandwidth: float, derivative: Derivative, below: float
+    ) -> Tensor:
         threshold = log_threshold.exp()
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth, ctx.derivative = bandwidth, derivative
+        ctx.bandwidth, ctx.derivative, ctx.below = bandwidth, derivative, below
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None, None]:
         pre, threshold = ctx.saved_tensors
-        near = torch.where((pre - threshold).abs_() < ctx.bandwidth / 2, gradient, 0.0).sum_to_size(threshold.shape)
+        near = _near(pre, threshold, gradient, ctx.bandwidth, ctx.below).sum_to_size(threshold.shape)
         factor = threshold if ctx.derivative == "chain" else torch.ones_like(threshold)
-        return None, near * (-factor / ctx.bandwidth), None, None
+        return None, near * (-factor / ctx.bandwidth), None, None, None
 
 
 def step(
@@ -110,12 +129,13 @@ def step(
     log_threshold: Float[Tensor, "*layer feature"],
     bandwidth: float,
     derivative: Derivative = "chain",
+    below: float = 1.0,
 ) -> Float[Tensor, "*token feature"]:
     """1 where a pre-activation exceeds its threshold, else 0: what L0 counts ("Jumping Ahead", section 3).
 
     dH/dtheta = -(1 / bandwidth) rect((h - theta) / bandwidth); there is no derivative by the pre-activation.
     """
-    return _Step.apply(pre, log_threshold, bandwidth, derivative)
+    return _Step.apply(pre, log_threshold, bandwidth, derivative, below)
 
 
 @dataclass(frozen=True)
@@ -129,6 +149,12 @@ class Settings:
     pass_through: bool = False
     parts: Parts = WHOLE
     """Where the other features and tokens of a ranking are."""
+    band_stride: int = 1
+    """JumpReLU: below the threshold, the kernel is evaluated on one token in so many, where places are few."""
+    band_offset: int = 0
+    """The first of these tokens."""
+    most: float = 0.0
+    """Share of places up to which only these are worked on; below zero all always are."""
 
 
 Function = Callable[
@@ -136,15 +162,6 @@ Function = Callable[
     Float[Tensor, "token source feature"],
 ]
 """From pre-activations and log-thresholds to activations; zero or positive."""
-
-
-@dataclass(frozen=True)
-class Nonlinearity:
-    """A row of the table."""
-
-    apply: Function
-    scope: Literal["source", "all"]
-    """Whether sources can be worked on one after the other."""
 
 
 def _relu(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
@@ -197,25 +214,23 @@ def _groupmax(pre: Tensor, log_threshold: Tensor, settings: Settings) -> Tensor:
     return rearrange(groups * mask, "token source group member -> token source (group member)")
 
 
-NONLINEARITIES: dict[str, Nonlinearity] = {
-    "relu": Nonlinearity(_relu, "source"),
-    "jumprelu": Nonlinearity(_jumprelu, "source"),
-    "topk": Nonlinearity(_topk, "source"),
-    "token_topk": Nonlinearity(_token_topk, "all"),
-    "batch_topk": Nonlinearity(_batch_topk, "source"),
-    "batch_topk_all": Nonlinearity(_batch_topk_all, "all"),
-    "groupmax": Nonlinearity(_groupmax, "source"),
+NONLINEARITIES: dict[str, Function] = {
+    "relu": _relu,
+    "jumprelu": _jumprelu,
+    "topk": _topk,
+    "token_topk": _token_topk,
+    "batch_topk": _batch_topk,
+    "batch_topk_all": _batch_topk_all,
+    "groupmax": _groupmax,
 }
 """Name -> function. A new one is a function of type `Function` and a row here."""
 
 
-def find_nonlinearity(name: str) -> Nonlinearity:
-    """The row of this name, or a function elsewhere, which then sees all sources at once.
+def find_nonlinearity(name: str) -> Function:
+    """The row of this name, or a function elsewhere.
 
     Raises:
         ConfigError: no such row, then it names the nearest one; or nothing callable at the import path.
     """
     require_known(name, NONLINEARITIES, "train.nonlinearity.name")
-    if name in NONLINEARITIES:
-        return NONLINEARITIES[name]
-    return Nonlinearity(function_at(name, "train.nonlinearity.name"), "all")
+    return NONLINEARITIES[name] if name in NONLINEARITIES else function_at(name, "train.nonlinearity.name")

@@ -38,10 +38,22 @@ class Operand(Protocol):
         """The columns of a stretch of features, numbered from 0."""
         ...
 
+    def mapped(self, function: Callable[..., Tensor], *by_feature: Float[Tensor, " feature"]) -> "Operand":
+        """function(value, one number of the feature each); it must be 0 wherever a place is not kept."""
+        ...
+
     def total(
         self, function: Callable[[Tensor], Tensor], weight: Float[Tensor, " feature"] | None = None
     ) -> Float[Tensor, ""]:
         """Sum of function(activation * weight) over tokens and features; the function must be 0 at 0."""
+        ...
+
+    def by_token(self) -> Float[Tensor, " token"]:
+        """Sum over features."""
+        ...
+
+    def by_feature(self) -> Float[Tensor, " feature"]:
+        """Sum over tokens."""
         ...
 
     def firings(self) -> Int[Tensor, " feature"]:
@@ -82,11 +94,23 @@ class Dense:
         """The columns of a stretch of features, numbered from 0."""
         return Dense(self.values[:, span])
 
+    def mapped(self, function: Callable[..., Tensor], *by_feature: Float[Tensor, " feature"]) -> "Dense":
+        """function(value, one number of the feature each)."""
+        return Dense(function(self.values, *by_feature))
+
     def total(
         self, function: Callable[[Tensor], Tensor], weight: Float[Tensor, " feature"] | None = None
     ) -> Float[Tensor, ""]:
         """Sum of function(activation * weight) over tokens and features; the function must be 0 at 0."""
         return function(self.values if weight is None else self.values * weight).sum()
+
+    def by_token(self) -> Float[Tensor, " token"]:
+        """Sum over features."""
+        return self.values.sum(dim=1)
+
+    def by_feature(self) -> Float[Tensor, " feature"]:
+        """Sum over tokens."""
+        return self.values.sum(dim=0)
 
     def firings(self) -> Int[Tensor, " feature"]:
         """Tokens on which each feature's activation is above zero."""

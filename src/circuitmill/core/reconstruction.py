@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitmill.core.encoding import wide
 from circuitmill.core.operand import Operand
 from circuitmill.core.parts import Parts
 from circuitmill.core.transcoder import Transcoder
@@ -74,8 +75,3 @@ class Reconstruction:
             whole = self._parts.total(partial).unflatten(1, (len(layers), len(self._spans)))
         by_prefix = [whole.squeeze(2)] if len(self._spans) == 1 else whole.unbind(2)
         return [self._coder.with_biases(one, self._x) for one in by_prefix]
-
-
-def wide(values: Tensor) -> Tensor:
-    """In float32 at least: products may come in fewer bits, sums and comparisons with thresholds need more."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -15,20 +15,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitmill.config.names import is_import_path
-from circuitmill.config.train import END_TO_END, OVER_TOKENS, TOP_K, TrainConfig
+from circuitmill.config.train import END_TO_END, TrainConfig
+from circuitmill.core.encoding import Encoding, Source, encode, sources_of, together
 from circuitmill.core.losses import Evaluation, find_term, reconstruction
-from circuitmill.core.nonlinearity import NONLINEARITIES, Nonlinearity, Settings, find_nonlinearity, jumprelu
+from circuitmill.core.nonlinearity import Settings
 from circuitmill.core.operand import Dense, Operand
 from circuitmill.core.parts import WHOLE, Parts, spans_of
-from circuitmill.core.reconstruction import Reconstruction, wide
+from circuitmill.core.reconstruction import Reconstruction
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
-from circuitmill.kernels import sparse
+from circuitmill.kernels.sparse import WORTHWHILE, Sparse
 from circuitmill.training import schedules
 
-RANKED = tuple(name for name in TOP_K if name != "groupmax")
-"""Nonlinearities that rank a feature among others, which may be elsewhere."""
 Encode = Callable[[int, Float[Tensor, "token d_model"]], Operand]
 """From a source and its normalised inputs to activations, by the nonlinearity that trains."""
 
@@ -73,6 +71,8 @@ class BatchResult:
     """Tokens on which each feature fired."""
     least: Float[Tensor, " source"]
     """The smallest activation above zero, by source; infinity if there is none."""
+    sparse: tuple[bool, ...]
+    """Whether only few places were worked on, by source."""
 
     @property
     def l0(self) -> Float[Tensor, " source"]:
@@ -92,11 +92,21 @@ class Moment:
     """Dead features over all ranks; None if those here are all."""
 
 
-def settings_at(cfg: TrainConfig, tokens: int, parts: Parts = WHOLE) -> Settings:
+def settings_at(cfg: TrainConfig, tokens: int, parts: Parts, device: torch.device) -> Settings:
     """The nonlinearity's settings after so many tokens."""
     own = cfg.nonlinearity
-    k = schedules.interpolate(tokens, start=own.k_start or own.k, final=own.k, over=own.k_ramp_share * cfg.tokens)
-    return Settings(k, own.bandwidth, own.threshold_derivative, own.pass_through, parts)
+    most = {"auto": WORTHWHILE.get(device.type, 0.0), "dense": -1.0, "sparse": 1.0}[cfg.products]
+    return Settings(
+        k=schedules.interpolate(tokens, start=own.k_start or own.k, final=own.k, over=own.k_ramp_share * cfg.tokens),
+        bandwidth=own.bandwidth,
+        derivative=own.threshold_derivative,
+        pass_through=own.pass_through,
+        parts=parts,
+        band_stride=own.band_stride,
+        # every token of a batch in turn
+        band_offset=tokens // cfg.batch_tokens % own.band_stride,
+        most=most,
+    )
 
 
 def coefficients_at(cfg: TrainConfig, tokens: int) -> dict[str, float]:
@@ -145,6 +155,7 @@ def evaluate_batch(
         y_hat=batch.y_hats[-1].detach(),
         firings=torch.stack([a.firings() for a in batch.a]),
         least=torch.stack([_least(a) for a in batch.a]),
+        sparse=tuple(encoding.sparse for encoding in batch.encodings),
     )
 
 
@@ -192,13 +203,14 @@ def _balance(
 
 def encoder(transcoder: Transcoder, cfg: TrainConfig, moment: Moment, parts: Parts = WHOLE) -> Encode:
     """Activations of one source from the one layer that it reads, as `evaluation` computes them."""
-    row, settings = find_nonlinearity(cfg.nonlinearity.name), settings_at(cfg, moment.tokens, parts)
+    settings = settings_at(cfg, moment.tokens, parts, transcoder.b_enc.device)
+    weights, biases = transcoder.W_enc.unbind(0), transcoder.b_enc.unbind(0)
 
-    def encode(source: int, x: Float[Tensor, "token d_model"]) -> Operand:
-        pre = wide(transcoder.pre_activations_layer(source, parts.spread(x)))
-        return _activated(row, pre, transcoder.log_threshold[source], settings)
+    def encode_layer(source: int, x: Float[Tensor, "token d_model"]) -> Operand:
+        own = Source([parts.spread(x)], [weights[source]], biases[source], transcoder.log_threshold[source])
+        return encode([own], cfg.nonlinearity.name, settings)[0].a
 
-    return encode
+    return encode_layer
 
 
 def evaluation(
@@ -210,59 +222,29 @@ def evaluation(
     parts: Parts = WHOLE,
 ) -> Evaluation:
     """Pre-activations, activations and reconstructions of a batch, ready for terms of the loss."""
-    settings = settings_at(cfg, moment.tokens, parts)
-    row = find_nonlinearity(cfg.nonlinearity.name)
-    # what is ranked over ranks is sent together, for all sources
-    name = cfg.nonlinearity.name
-    ranked = name in RANKED and parts.elsewhere(over_tokens=name in OVER_TOKENS)
-    pre: list[Tensor] = []
-    operands: list[Operand] = []
-    if row.scope == "all" or ranked:
-        pre = [wide(transcoder.pre_activations_source(source, x)) for source in range(transcoder.n_sources)]
-        together = row.apply(torch.stack(pre, dim=1), transcoder.log_threshold, settings)
-        # somebody else's function may have a gradient where it is zero
-        form = Dense if is_import_path(cfg.nonlinearity.name) else _operand
-        # their gradients are put together once; by index each would be put among zeros
-        operands = [form(a) for a in together.unbind(1)]
+    name, settings = cfg.nonlinearity.name, settings_at(cfg, moment.tokens, parts, x.device)
+    sources = sources_of(transcoder, x)
+    groups = [sources] if together(name, settings) else [[source] for source in sources]
     reconstruction = Reconstruction(transcoder, x, spans_of(cfg.architecture.prefixes, cfg.n_features), parts)
-    for source in range(transcoder.n_sources):
-        if len(pre) == source:
-            pre.append(wide(transcoder.pre_activations_source(source, x)))
-            operands.append(_activated(row, pre[source], transcoder.log_threshold[source], settings))
-        reconstruction.write(source, operands[source])
-    y_hats = reconstruction.finish()
+    encodings: list[Encoding] = []
+    for group in groups:
+        for encoding in encode(group, name, settings):
+            reconstruction.write(len(encodings), encoding.a)
+            encodings.append(encoding)
     return Evaluation(
-        transcoder, x, y, pre, operands, y_hats, settings, moment.dead, moment.density, n_dead=moment.n_dead
+        transcoder,
+        x,
+        y,
+        encodings,
+        reconstruction.finish(),
+        settings,
+        moment.dead,
+        moment.density,
+        n_dead=moment.n_dead,
     )
 
 
-def _activated(
-    row: Nonlinearity,
-    pre: Float[Tensor, "token feature"],
-    log_threshold: Float[Tensor, " feature"],
-    settings: Settings,
-) -> Operand:
-    """Activations of one source, by the cheaper of two equal ways."""
-    if row is NONLINEARITIES["jumprelu"] and pre.device.type == "cpu":
-        entries = sparse.places(pre.detach() > log_threshold.detach().exp() - settings.bandwidth / 2)
-        if entries.flat.shape[0] <= sparse.WORTHWHILE * pre.numel():
-            here = log_threshold[entries.feature]
-            values = jumprelu(entries.gather(pre), here, settings.bandwidth, settings.derivative, settings.pass_through)
-            return sparse.Sparse(entries, values)
-        return Dense(jumprelu(pre, log_threshold, settings.bandwidth, settings.derivative, settings.pass_through))
-    return _operand(row.apply(pre[:, None], log_threshold[None], settings)[:, 0])
-
-
-def _operand(a: Float[Tensor, "token feature"]) -> Operand:
-    """Activations that get a gradient only where they are above zero, dense or as the places where they are."""
-    if a.device.type == "cpu":
-        entries = sparse.places(a.detach() > 0)
-        if entries.flat.shape[0] <= sparse.WORTHWHILE * a.numel():
-            return sparse.Sparse(entries, entries.gather(a))
-    return Dense(a)
-
-
 def _least(a: Operand) -> Float[Tensor, ""]:
-    values = a.values.detach() if isinstance(a, sparse.Sparse | Dense) else a.dense().detach()
+    values = a.values.detach() if isinstance(a, Sparse | Dense) else a.dense().detach()
     positive = values[values > 0]
     return positive.min() if len(positive) else values.new_tensor(torch.inf)

@@ -11,12 +11,17 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from circuitmill.core.encoding import Encoding, Source
+from circuitmill.core.losses import strongest
 from circuitmill.core.nonlinearity import NONLINEARITIES, Settings
-from circuitmill.core.parts import WHOLE, Shard, largest, spans_of
-from circuitmill.kernels.sparse import strongest
+from circuitmill.core.operand import Dense
+from circuitmill.core.parts import WHOLE, Parts, Shard, largest, spans_of
 from circuitmill.training.parallel.collectives import Group
 from circuitmill.training.parallel.layout import chunk
 from circuitmill.training.parallel.shards import Shards
+
+NOBODY = Source([], [], torch.empty(0), torch.empty(0))
+"""A source that is not asked for anything."""
 
 
 class Exchange:
@@ -87,11 +92,11 @@ def test_a_nonlinearity_over_ranks_is_that_of_the_whole(name, seed, layout, spre
     pre = torch.randint(-spread, spread + 1, (tokens, sources, n_features), generator=generator).double()
     log_threshold = torch.full((sources, n_features), 0.3, dtype=torch.float64)
     k = 6.0 if name == "groupmax" else float(torch.randint(1, 12, (), generator=generator))
-    expected = NONLINEARITIES[name].apply(pre, log_threshold, Settings(k))
+    expected = NONLINEARITIES[name](pre, log_threshold, Settings(k))
 
     def work(parts: Shards, row: int) -> torch.Tensor:
         own = log_threshold[:, parts.shard.first : parts.shard.last]
-        return NONLINEARITIES[name].apply(cut(pre, parts, row, data), own, Settings(k, parts=parts))
+        return NONLINEARITIES[name](cut(pre, parts, row, data), own, Settings(k, parts=parts))
 
     assert torch.equal(put_together(on_ranks(data, features, n_features, work)), expected)
 
@@ -103,11 +108,16 @@ def test_the_strongest_dead_features_are_those_of_the_whole(seed, features, k):
     generator = torch.Generator().manual_seed(seed)
     pre = torch.randn(5, 10, generator=generator)
     allowed = torch.rand(10, generator=generator) < 0.4
-    expected = strongest(pre, k, allowed, WHOLE).dense()
+
+    def kept(features: slice, parts: Parts) -> torch.Tensor:
+        own = pre[:, features]
+        entries = strongest(Encoding(NOBODY, Dense(own), Dense(own)), k, allowed[features], parts)
+        return torch.zeros_like(own).index_put((entries.token, entries.feature), entries.gather(own))
+
+    expected = kept(slice(0, 10), WHOLE)
 
     def work(parts: Shards, row: int) -> torch.Tensor:
-        shard = slice(parts.shard.first, parts.shard.last)
-        return strongest(pre[:, shard], k, allowed[shard], parts).dense()
+        return kept(slice(parts.shard.first, parts.shard.last), parts)
 
     assert torch.equal(put_together(on_ranks(1, features, 10, work)), expected)
 
@@ -129,7 +139,7 @@ def test_equal_values_on_the_border_are_kept_in_the_order_of_the_row():
 
     def work(parts: Shards, row: int) -> torch.Tensor:
         own = Settings(3.5, parts=parts)
-        return NONLINEARITIES["batch_topk"].apply(cut(values, parts, row, 2), torch.zeros(1, 6), own)
+        return NONLINEARITIES["batch_topk"](cut(values, parts, row, 2), torch.zeros(1, 6), own)
 
     found = put_together(on_ranks(2, 3, 6, work))
     assert found.flatten().bool().tolist() == expected.flatten().tolist() == [True] * 7 + [False] * 5

@@ -110,7 +110,7 @@ def kept(
         dead: Share of the features that are dead, which the auxiliary term looks at.
     """
     share = kept_share(cfg, d_model)
-    dense = device != "cpu" or share > WORTHWHILE
+    dense = device != "cpu" or share > WORTHWHILE["cpu"]
     name = cfg.nonlinearity.name
     if is_import_path(name):
         maps = _DENSE["together"] + _UNKNOWN

@@ -3,7 +3,8 @@ import torch
 from tests.core import reference
 from tests.core.coders import ROWS, same_with_gradients, small, tokens_for
 
-from circuitmill.core.decoders import ALL, Mixture, Untied
+from circuitmill.core.decoders import ALL, Untied
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.operand import Dense
 from circuitmill.core.parts import spans_of
 from circuitmill.errors import ShapeError

@@ -8,7 +8,7 @@ from tests.core.coders import ROWS, random_transcoder, sizes_of, tokens_for
 from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.train import InitConfig
 from circuitmill.core import init
-from circuitmill.core.decoders import Mixture
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError, ShapeError
 

@@ -14,7 +14,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitmill.core.decoders import ALL, Decoder, LowRank, Mixture, Untied
+from circuitmill.core.decoders import ALL, Decoder, LowRank, Untied
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.operand import Operand
 from circuitmill.core.scaling import Scaling, fold
 from circuitmill.core.transcoder import Transcoder

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitmill.core.decoders import ALL, Decoder, Mixture, SourceTied, TargetTied
+from circuitmill.core.decoders import ALL, Decoder, SourceTied, TargetTied
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
 

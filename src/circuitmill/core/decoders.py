@@ -21,7 +21,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitmill.config.architecture import ArchitectureConfig
+from circuitmill.core.lengths import lengths, root
 from circuitmill.core.operand import Operand
 from circuitmill.core.topology import Topology
 from circuitmill.errors import ShapeError
@@ -64,7 +64,12 @@ class Decoder(nn.Module, ABC):
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """Length of each feature's decoder vector, by target."""
-        return torch.linalg.vector_norm(self.block(source), dim=2)
+        block = self.block(source)
+        return lengths(block.flatten(0, 1)).view(block.shape[:2])
+
+    def norms(self, source: int) -> Float[Tensor, " feature"]:
+        """Length of each feature's decoder vectors put one after the other."""
+        return torch.linalg.vector_norm(self.target_norms(source), dim=1)
 
     def feature_axes(self) -> dict[str, int | None]:
         """Axis along which each parameter lists the features of a source; None for one that all features share.
@@ -104,6 +109,10 @@ class Untied(Decoder):
     def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
         """Decoder vectors as they are."""
         return self.W_dec[source][span]
+
+    def norms(self, source: int) -> Float[Tensor, " feature"]:
+        """In one pass over the vectors."""
+        return lengths(self.block(source).flatten(1))
 
     @torch.no_grad()
     def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
@@ -199,7 +208,7 @@ class TargetTied(_Paired):
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """Length by target, offsets left out."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=2)[list(self.topology.writes[source])].T
+        norms = lengths(self.W_dec.flatten(0, 1)).view(self.W_dec.shape[:2])[list(self.topology.writes[source])].T
         return self._scaled_norms(source, norms)
 
     @torch.no_grad()
@@ -232,7 +241,7 @@ class SourceTied(_Paired):
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """Length by target, offsets left out."""
-        norms = torch.linalg.vector_norm(self.W_dec[source], dim=1)[:, None]
+        norms = lengths(self.W_dec[source])[:, None]
         return self._scaled_norms(source, norms.expand(-1, len(self.topology.writes[source])))
 
     @torch.no_grad()
@@ -291,7 +300,7 @@ class LowRank(Decoder):
         """||q P||^2 = q (P P^T) q^T, so that no decoder vector is made."""
         gram = self.P[list(self.topology.pairs(source))] @ self.P[list(self.topology.pairs(source))].mT
         q = self.Q[source]
-        return _root(einsum(q, gram, q, "feature rank, pair rank column, feature column -> feature pair"))
+        return root(einsum(q, gram, q, "feature rank, pair rank column, feature column -> feature pair"))
 
     @torch.no_grad()
     def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
@@ -299,102 +308,3 @@ class LowRank(Decoder):
         targets = [target for writes in self.topology.writes for target in writes]
         self.P.div_(factor[targets][:, None])
         return self
-
-
-class Mixture(Decoder):
-    """A sparse mixture of linear transforms: feature t writes a_t U_t V_t x (MOLT, "Circuits Updates, 2025").
-
-    Transforms of one rank stand together, largest rank first; ranks r_0 > r_1 > ... have n, 2n, 4n ... transforms.
-    """
-
-    _INDIVISIBLE = "transforms of several ranks"
-
-    def __init__(self, topology: Topology, n_features: int, d_model: int, *, ranks: tuple[int, ...]) -> None:
-        super().__init__(topology, n_features, d_model)
-        unit = n_features // (2 ** len(ranks) - 1)
-        self.groups = tuple((unit * 2**index, rank) for index, rank in enumerate(ranks))
-        """(transforms, rank) of each group."""
-        per_transform = [rank for count, rank in self.groups for _ in range(count)]
-        self._starts = [0]
-        for rank in per_transform:
-            self._starts.append(self._starts[-1] + rank)
-        total = self._starts[-1]
-        self._ranks: Tensor
-        self.register_buffer("_ranks", torch.tensor(per_transform), persistent=False)
-        self.U = nn.Parameter(torch.zeros(topology.n_layers, total, d_model))
-        self.V = nn.Parameter(torch.zeros(topology.n_layers, total, d_model))
-
-    def written(
-        self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
-    ) -> Float[Tensor, "token target d_model"]:
-        """Each transform of x, weighted by its activation.
-
-        Raises:
-            ShapeError: x is missing.
-        """
-        if x is None:
-            raise ShapeError(
-                "what the transforms are applied to",
-                found="activations alone",
-                where="decode",
-                fix="pass the MLP inputs x too",
-            )
-        first, last, _ = span.indices(self.n_features)
-        rows = slice(self._starts[first], self._starts[last])
-        gates = a.dense().repeat_interleave(self._ranks[span], dim=1)
-        # einsum(a, U, V, x, "token transform, transform rank e, transform rank d_model, token d_model -> token e")
-        return (((x @ self.V[source, rows].T) * gates) @ self.U[source, rows])[:, None]
-
-    def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
-        """There is none.
-
-        Raises:
-            ShapeError: always.
-        """
-        raise ShapeError(
-            "features that write a vector",
-            found="transforms, which write a linear function of the input",
-            where="architecture",
-            fix="use a topology other than molt for what needs decoder vectors",
-        )
-
-    def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
-        """||U V||_F^2 = trace((U^T U)(V V^T)), with products of the size of a rank only."""
-        found, row = [], 0
-        for count, rank in self.groups:
-            u, v = (side[source, row : row + count * rank].view(count, rank, self.d_model) for side in (self.U, self.V))
-            found.append(_root(((u @ u.mT) * (v @ v.mT)).sum(dim=(1, 2))))
-            row += count * rank
-        return torch.cat(found)[:, None]
-
-    @torch.no_grad()
-    def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:
-        """The transforms' outer half."""
-        self.U.div_(factor[:, None])
-        return self
-
-    @torch.no_grad()
-    def multiply_inputs(self, factor: Float[Tensor, "layer d_model"]) -> None:
-        """Change in place what is read by these factors."""
-        self.V.mul_(factor[:, None])
-
-
-def _root(square: Tensor) -> Tensor:
-    """Square root whose derivative at zero is zero, as that of a norm."""
-    positive = square > 0
-    return torch.where(positive, square, 1.0).sqrt() * positive
-
-
-def make_decoder(form: ArchitectureConfig, topology: Topology, n_features: int, d_model: int) -> Decoder:
-    """The form that an architecture names."""
-    sizes = (topology, n_features, d_model)
-    if form.topology == "molt":
-        return Mixture(*sizes, ranks=form.ranks)
-    if form.shared:
-        return SharedOverModels(*sizes, models=form.models, shared=form.shared)
-    if form.decoder == "untied":
-        return Untied(*sizes)
-    if form.decoder == "low_rank":
-        return LowRank(*sizes, rank=form.rank)
-    tied = TargetTied if form.decoder == "target" else SourceTied
-    return tied(*sizes, scale=form.pair_scale, offset=form.pair_offset)

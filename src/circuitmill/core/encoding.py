@@ -162,22 +162,38 @@ def encode(sources: Sequence[Source], name: str, settings: Settings) -> list[Enc
     """Activations of sources by the nonlinearity of this name: of all of them, or one at a time if they allow it."""
     if name in ("relu", "jumprelu"):
         return [_above_threshold(source, name, settings) for source in sources]
+    if is_import_path(name):
+        return _of_ones_own(sources, name, settings)
     # every token's share, or on average
-    if is_import_path(name) or settings.k > settings.most * settings.parts.n_features(sources[0].n_features):
-        return _all_places(sources, name, settings)
-    chosen = _group_maxima(sources, settings) if name == "groupmax" else _ranked(sources, name, settings)
+    dense = settings.k > settings.most * settings.parts.n_features(sources[0].n_features)
+    pre: list[Tensor] = []
+    chosen: list[Entries] = []
+    with torch.set_grad_enabled(dense and torch.is_grad_enabled()):
+        if name == "groupmax":
+            pre = [source.dense() for source in sources]
+            chosen = [_group_maxima(one, settings) for one in pre]
+        else:
+            pre, chosen = _ranked(sources, name, settings, keep=dense)
+    if dense:
+        return [_kept(*parts) for parts in zip(sources, pre, chosen, strict=True)]
     return [
         _few_places(source, entries, "relu", settings, ranked=True)
         for source, entries in zip(sources, chosen, strict=True)
     ]
 
 
-def _all_places(sources: Sequence[Source], name: str, settings: Settings) -> list[Encoding]:
+def _of_ones_own(sources: Sequence[Source], name: str, settings: Settings) -> list[Encoding]:
+    """Somebody else's function, which sees all sources at once and may have a gradient where it is zero."""
     pre = [source.dense() for source in sources]
     log_threshold = torch.stack([source.log_threshold for source in sources])
     a = find_nonlinearity(name)(torch.stack(pre, dim=1), log_threshold, settings)
     # their gradients are put together once; by index each would be put among zeros
     return [Encoding(source, Dense(h), Dense(own)) for source, h, own in zip(sources, pre, a.unbind(1), strict=True)]
+
+
+def _kept(source: Source, pre: Tensor, entries: Entries) -> Encoding:
+    mask = torch.zeros_like(pre, dtype=torch.bool).index_put_((entries.token, entries.feature), torch.tensor(True))
+    return Encoding(source, Dense(pre), Dense(pre * mask), ranked=True)
 
 
 def _few_places(source: Source, entries: Entries, name: str, settings: Settings, *, ranked: bool = False) -> Encoding:
@@ -228,58 +244,81 @@ def _seen(n_tokens: int, settings: Settings, device: torch.device) -> Bool[Tenso
 
 
 @torch.no_grad()
-def _group_maxima(sources: Sequence[Source], settings: Settings) -> list[Entries]:
+def _group_maxima(pre: Float[Tensor, "token feature"], settings: Settings) -> Entries:
     """The largest of each of k groups of consecutive features, where it is positive."""
-    found = []
-    for source in sources:
-        member = settings.parts.n_features(source.n_features) // round(settings.k)
-        largest = source.dense().unflatten(1, (-1, member)).max(dim=2)
-        token, group = (largest.values > 0).nonzero().unbind(1)
-        feature = group * member + largest.indices[token, group]
-        found.append(from_places(token, feature, source.n_tokens, source.n_features))
-    return found
+    n_tokens, n_features = pre.shape
+    member = settings.parts.n_features(n_features) // round(settings.k)
+    largest = pre.unflatten(1, (-1, member)).max(dim=2)
+    token, group = (largest.values > 0).nonzero().unbind(1)
+    return from_places(token, group * member + largest.indices[token, group], n_tokens, n_features)
 
 
-@torch.no_grad()
-def _ranked(sources: Sequence[Source], name: str, settings: Settings) -> list[Entries]:
+def _ranked(
+    sources: Sequence[Source], name: str, settings: Settings, *, keep: bool
+) -> tuple[list[Float[Tensor, "token feature"]], list[Entries]]:
     """What a top-k kind keeps of each source: candidates of each, ranked in rows.
 
     A row is what competes for k places: a token of a source, a token, the tokens of a source, or everything.
+
+    Args:
+        sources: Of which candidates are taken one after the other.
+        name: The nonlinearity.
+        settings: Its own.
+        keep: Whether pre-activations of all places are wanted too.
     """
     over_tokens, over_sources = name in OVER_TOKENS, name in OVER_SOURCES
     n_tokens, parts = sources[0].n_tokens, settings.parts
     k = settings.k * (len(sources) if over_sources else 1) * (parts.n_tokens(n_tokens) if over_tokens else 1)
-    found = [_candidates(source, round(k), over_tokens=over_tokens) for source in sources]
+    pre: list[Tensor] = []
+    found: list[tuple[Entries, Tensor]] = []
+    for source in sources:
+        here = source.dense()
+        found.append(_candidates(here.detach(), round(k), over_tokens=over_tokens))
+        pre += [here] if keep else []
+    return pre, _chosen(found, name, settings, round(k))
+
+
+def _candidates(
+    pre: Float[Tensor, "token feature"], k: int, *, over_tokens: bool
+) -> tuple[Entries, Float[Tensor, " entry"]]:
+    """Places among which a source's k largest of each token are, or of the batch; with their pre-activations."""
+    n_tokens, n_features = pre.shape
+    flat = candidates(pre.view(1, -1) if over_tokens else pre, max(1, k))
+    return from_places(flat // n_features, flat % n_features, n_tokens, n_features), pre.view(-1)[flat]
+
+
+@torch.no_grad()
+def _chosen(
+    found: Sequence[tuple[Entries, Float[Tensor, " _"]]], name: str, settings: Settings, k: int
+) -> list[Entries]:
+    """The k largest of each row among candidates."""
+    parts, n_sources, n_tokens = settings.parts, len(found), found[0][0].n_tokens
+    n_features = parts.n_features(found[0][0].n_features)
     index = torch.cat([torch.full_like(entries.feature, number) for number, (entries, _) in enumerate(found)])
     token = torch.cat([entries.token for entries, _ in found])
     feature = torch.cat([entries.feature for entries, _ in found]) + parts.first
     values = torch.cat([own for _, own in found])
     row, rows = {
-        "topk": (index * n_tokens + token, len(sources) * n_tokens),
+        "topk": (index * n_tokens + token, n_sources * n_tokens),
         "token_topk": (token, n_tokens),
-        "batch_topk": (index, len(sources)),
+        "batch_topk": (index, n_sources),
         "batch_topk_all": (torch.zeros_like(index), 1),
     }[name]
     # of equal numbers of a row the first is kept, by token, then source, then feature
-    place = (token * len(sources) + index) * parts.n_features(sources[0].n_features) + feature
-    in_order = torch.argsort(row * (len(place) and int(place.max()) + 1) + place) if over_sources else None
+    place = (token * n_sources + index) * n_features + feature
+    in_order = None
+    if name in OVER_SOURCES and len(place):
+        in_order = torch.argsort(row * (int(place.max()) + 1) + place)
     column = _columns(row, rows, in_order)
     shape = (rows, int(column.max()) + 1 if len(column) else 1)
 
     def placed(what: Tensor) -> Shaped[Tensor, "row column"]:
         return what.new_zeros(shape).index_put((row, column), what)
 
-    kept = parts.largest(placed(values), round(k), lambda: placed(place), over_tokens=over_tokens)[row, column]
+    over_tokens = name in OVER_TOKENS
+    kept = parts.largest(placed(values), k, lambda: placed(place), over_tokens=over_tokens)[row, column]
     masks = kept.split([len(entries) for entries, _ in found])
     return [entries.kept(mask) for (entries, _), mask in zip(found, masks, strict=True)]
-
-
-def _candidates(source: Source, k: int, *, over_tokens: bool) -> tuple[Entries, Float[Tensor, " entry"]]:
-    """Places among which a source's k largest of each token are, or of the batch; with their pre-activations."""
-    pre = source.dense()
-    flat = candidates(pre.view(1, -1) if over_tokens else pre, max(1, k))
-    entries = from_places(flat // source.n_features, flat % source.n_features, source.n_tokens, source.n_features)
-    return entries, pre.view(-1)[flat]
 
 
 def _columns(row: Int[Tensor, " entry"], rows: int, order: Int[Tensor, " entry"] | None) -> Int[Tensor, " entry"]:

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from circuitmill.core.decoders import LowRank, Mixture, SharedOverModels, Untied
+from circuitmill.core.decoders import LowRank, SharedOverModels, Untied
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.parts import Shard
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitmill.core.decoders import Mixture
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ShapeError
 

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitmill.config.architecture import ArchitectureConfig
-from circuitmill.core.decoders import ALL, Untied, make_decoder
+from circuitmill.core.decoders import ALL, Decoder, LowRank, SharedOverModels, SourceTied, TargetTied, Untied
+from circuitmill.core.mixture import Mixture
 from circuitmill.core.nonlinearity import jumprelu
 from circuitmill.core.operand import Dense
-from circuitmill.core.topology import make_topology
+from circuitmill.core.topology import Topology, make_topology
 from circuitmill.errors import ConfigError, ShapeError
 
 CLT = ArchitectureConfig()
@@ -272,7 +273,22 @@ class Transcoder(nn.Module):
         """
         if kind not in ("concatenated", "summed"):
             raise ConfigError("concatenated or summed", found=repr(kind), where="norm", fix="name one of them")
-        by_target = [self.decoder.target_norms(source) for source in range(self.n_sources)]
+        sources = range(self.n_sources)
         if kind == "summed":
-            return torch.stack([norms.sum(dim=1) for norms in by_target])
-        return torch.stack([torch.linalg.vector_norm(norms, dim=1) for norms in by_target])
+            return torch.stack([self.decoder.target_norms(source).sum(dim=1) for source in sources])
+        return torch.stack([self.decoder.norms(source) for source in sources])
+
+
+def make_decoder(form: ArchitectureConfig, topology: Topology, n_features: int, d_model: int) -> Decoder:
+    """The form that an architecture names."""
+    sizes = (topology, n_features, d_model)
+    if form.topology == "molt":
+        return Mixture(*sizes, ranks=form.ranks)
+    if form.shared:
+        return SharedOverModels(*sizes, models=form.models, shared=form.shared)
+    if form.decoder == "untied":
+        return Untied(*sizes)
+    if form.decoder == "low_rank":
+        return LowRank(*sizes, rank=form.rank)
+    tied = TargetTied if form.decoder == "target" else SourceTied
+    return tied(*sizes, scale=form.pair_scale, offset=form.pair_offset)

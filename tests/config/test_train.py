@@ -175,6 +175,13 @@ def refused(**changes: object) -> str:
             "optimizer.weight_decay",
             "a number of at least 0, found -0.1",
         ),
+        ({"optimizer__moments": "bf16", "optimizer__name": "muon"}, "optimizer.moments", "float32 with muon"),
+        ({"optimizer__lazy": True, "optimizer__name": "adam8bit"}, "optimizer.lazy", "false with adam8bit"),
+        (
+            {"optimizer__lazy": True, "optimizer__beta1": 0.95, "optimizer__beta2": 0.9},
+            "optimizer.beta1",
+            "a number below the root of beta2 (0.9) with lazy",
+        ),
         ({"monitor__log_tokens": 0}, "monitor.log_tokens", "a number above 0"),
         ({"monitor__heldout_every_tokens": 0}, "monitor.heldout_every_tokens", "a number above 0"),
         ({"monitor__heldout_tokens": -1}, "monitor.heldout_tokens", "a number of at least 0"),

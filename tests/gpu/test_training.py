@@ -8,7 +8,7 @@ from tests.training.helpers import Memory, scaling, tiny
 from tests.training.kinds import KINDS, kind, same_state
 
 from circuitmill.core.muon import orthogonalised
-from circuitmill.training import precision
+from circuitmill.core.rounding import generator_at, round_stochastically
 from circuitmill.training.batches import Batches
 from circuitmill.training.loop import train
 from circuitmill.training.parallel.layout import alone
@@ -96,8 +96,8 @@ def test_the_same_configuration_gives_the_same_rounding():
 
 def test_rounding_is_unbiased():
     values = torch.tensor([1.001, -3.14159, 2e-5], device=DEVICE)
-    generator = precision.generator_at("0", 0, DEVICE)
-    draws = torch.stack([precision.round_stochastically(values, generator) for _ in range(20_000)]).double()
+    generator = generator_at("0", 0, DEVICE)
+    draws = torch.stack([round_stochastically(values, generator) for _ in range(20_000)]).double()
     spread = draws.std(dim=0) / len(draws) ** 0.5
     assert ((draws.mean(dim=0) - values.double()).abs() < 5 * spread).all()
 

@@ -1,5 +1,6 @@
 import math
 import sys
+from typing import Any
 
 import pytest
 import schedulefree
@@ -11,6 +12,7 @@ from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.train import TermConfig
 from circuitmill.core.muon import orthogonalised
 from circuitmill.errors import ConfigError, DivergedError
+from circuitmill.training.parallel.plan import impossible
 from circuitmill.training.state import make_state
 
 NO_REVIVAL = {"loss__pre_activation": TermConfig(0.0), "loss__auxiliary": TermConfig(0.0, k=1)}
@@ -36,7 +38,7 @@ def steps_by(state, seed=0, steps=3, lr=1e-2):
     generator = torch.Generator().manual_seed(seed)
     for number in range(steps):
         for parameter in state.optimizer.parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         state.optimizer.step(lr, norm=1.0, number=number)
 
 
@@ -54,7 +56,7 @@ def test_adam_and_adamw_are_torchs():
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             for parameter in parameters:
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             reference.step()
         for parameter, expected in zip(state.transcoder.parameters(), parameters, strict=True):
             assert torch.equal(parameter, expected)
@@ -91,7 +93,7 @@ def test_muon_orthogonalises_each_source_and_layer_by_itself():
     generator = torch.Generator().manual_seed(5)
     gradients = {}
     for parameter, name in state.optimizer.names.items():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         gradients[name] = parameter.grad.clone()
     state.optimizer.step(0.1, norm=1.0, number=0)
     for name, matrices in (("W_enc", 2), ("decoder.W_dec.0", 2), ("decoder.W_dec.1", 1)):
@@ -200,3 +202,126 @@ def test_every_form_has_its_parameters_moved(name, architecture):
     for key, value in state.transcoder.named_parameters():
         assert torch.isfinite(value).all() and not torch.equal(value, start[key]), key
     assert len(state.optimizer.parameters) == len(start)
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "moments": {"optimizer__moments": "bf16"},
+    "weights": {"optimizer__precision": "bf16"},
+    "lazy": {"optimizer__lazy": True},
+    "all": {"optimizer__moments": "bf16", "optimizer__precision": "bf16", "optimizer__lazy": True},
+}
+"""Ways of updating blocks of rows."""
+SELDOM = {"nonlinearity__name": "topk", "nonlinearity__k": 1.0, **NO_REVIVAL}
+"""Most features have no gradient in a step."""
+
+
+@pytest.mark.parametrize("way", ROWS)
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_in_blocks_of_rows_it_learns_the_task(name, way):
+    cfg = kind(name, tokens=6400, **ROWS[way])
+    state, rows = run(cfg)
+    assert 0.92 < held_out_ev(cfg, state) < 0.999
+    assert 0.92 < rows[-1]["ev"] < 0.999
+
+
+@pytest.mark.parametrize("way", ROWS)
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_resuming_in_blocks_of_rows_gives_the_same_bits(name, way):
+    check_resuming(kind(name, **ROWS[way], **SELDOM), (1, 7, 20))
+
+
+def test_moments_of_matrices_are_kept_in_16_bits():
+    state = fresh(kind("adam", optimizer__moments="bf16"))
+    steps_by(state)
+    for key, tensor in state.tensors().items():
+        if key.startswith("optimizer/exp_avg"):
+            assert tensor.dtype == (torch.bfloat16 if tensor.ndim == 3 else torch.float32), key
+    exact, start = fresh(kind("adam")), fresh(kind("adam"))
+    steps_by(exact)
+    for parameter, name in exact.optimizer.names.items():
+        ours, before = state.transcoder.get_parameter(name), start.transcoder.get_parameter(name)
+        assert (ours - parameter).norm() < 0.02 * (parameter - before).norm(), name
+
+
+def test_features_are_found_along_their_axis():
+    state = fresh(kind("adam", optimizer__lazy=True))
+    for parameter in state.optimizer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    axes = {"W_enc": 1, "decoder.W_dec.0": 0, "decoder.W_dec.1": 0}
+    for name, axis in axes.items():
+        state.transcoder.get_parameter(name).grad.select(axis, 3)[..., -1] = 1.0
+    state.optimizer.step(1e-2, norm=1.0, number=0)
+    found = state.tensors()
+    for name, axis in axes.items():
+        touched = found[f"optimizer/row_step/{name}"].view(-1, 16)
+        assert touched.shape[0] == (2 if axis else 1) and touched.sum(dim=0).nonzero().tolist() == [[3]]
+    assert {key.split("/")[-1] for key in found if key.startswith("optimizer/row_step")} == set(axes)
+
+
+@pytest.mark.parametrize("bits", ["float32", "bf16"])
+def test_features_have_caught_up_where_others_look(bits):
+    """Every measurement, checkpoint and outcome; the training goes on with the same bits."""
+    cfg = kind("adamw", optimizer__lazy=True, optimizer__precision=bits, monitor__heldout_every_tokens=320, **SELDOM)
+    seen, saved = [], []
+
+    def measure(state):
+        seen.append(state.transcoder.W_enc.detach().clone())
+        return {}
+
+    def checkpoint(state, l0=None):
+        saved.append({name: tensor.clone() for name, tensor in state.tensors().items()})
+
+    state, _ = run(cfg, measure=measure, checkpoint=checkpoint)
+    plain, _ = run(cfg)
+    final, W_enc = saved[-1], state.transcoder.W_enc
+    assert torch.equal(final["parameter.W_enc"], seen[-1]) and torch.equal(W_enc, seen[-1])
+    assert torch.equal(W_enc, plain.transcoder.W_enc) and W_enc.dtype == torch.float32
+    late = final["optimizer/row_step/W_enc"] < cfg.steps
+    changed = (final["optimizer/y/W_enc"].float() != W_enc).any(dim=2)
+    assert changed.any() and late.any() and not late.all() and not (changed & ~late).any()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon", "schedule_free"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_clipping_is_as_if_gradients_were_smaller(name, precision):
+    if (name, precision) == ("schedule_free", "bf16"):
+        pytest.skip("refused")
+    states = [fresh(kind(name, optimizer__precision=precision)) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        for ours, theirs in zip(*(state.optimizer.parameters for state in states), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator).to(ours.dtype)
+            theirs.grad = ours.grad.float().mul(0.25).to(ours.dtype)
+        states[0].optimizer.clip(1.0, 4.0 - 1e-6)
+        for state in states:
+            state.optimizer.step(1e-2, norm=4.0, number=number)
+    for key, value in states[0].tensors().items():
+        torch.testing.assert_close(value, states[1].tensors()[key], rtol=1e-6, atol=1e-9)
+    # and the next step is not clipped unless it is said
+    before = {key: value.clone() for key, value in states[0].tensors().items()}
+    steps_by(states[0], seed=5, steps=1)
+    fresh_copy = fresh(kind(name, optimizer__precision=precision))
+    fresh_copy.optimizer.restore(before)
+    steps_by(fresh_copy, seed=5, steps=1)
+    assert all(torch.equal(value, fresh_copy.tensors()[key]) for key, value in states[0].optimizer.tensors().items())
+
+
+def test_features_without_rows_of_their_own_cannot_be_lazy():
+    options = {"n_features": 15, "init__l0": 4.0, "optimizer__lazy": True, **NO_REVIVAL}
+    with pytest.raises(ConfigError, match=r"transforms of several ranks(?s:.*)train\.optimizer\.lazy"):
+        fresh(kind("adam", architecture=ArchitectureConfig(topology="molt", ranks=(4, 2)), **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "strategy", "reason"),
+    [
+        ({"optimizer__lazy": True}, "fsdp", "lazy"),
+        ({"optimizer__moments": "bf16"}, "fsdp", "moments bf16"),
+        ({"optimizer__lazy": True}, "features", "lazy, whose numbers by row"),
+        ({"optimizer__lazy": True}, "ddp", ""),
+        ({"optimizer__moments": "bf16"}, "features", ""),
+    ],
+)
+def test_ranks_cannot_divide_rows_that_have_numbers_of_their_own(changes, strategy, reason):
+    found = impossible(kind("adam", **changes), strategy, 2)
+    assert found.startswith(reason) if reason else not found

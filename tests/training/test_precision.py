@@ -4,6 +4,7 @@ from tests.training.helpers import Memory, batches, fresh, run, tiny
 from tests.training.kinds import check_resuming, held_out_ev, kind
 
 from circuitmill.config.architecture import ArchitectureConfig
+from circuitmill.core.rounding import generator_at, round_stochastically
 from circuitmill.errors import ConfigError, DivergedError
 from circuitmill.training import precision, state
 from circuitmill.training.objective import Moment, evaluate_batch, evaluation
@@ -12,8 +13,8 @@ IN_BF16 = ("adam", "adamw", "adam8bit", "muon")
 
 
 def rounded(values: torch.Tensor, draws: int) -> torch.Tensor:
-    generator = precision.generator_at("0", 0, values.device)
-    return torch.stack([precision.round_stochastically(values, generator) for _ in range(draws)])
+    generator = generator_at("0", 0, values.device)
+    return torch.stack([round_stochastically(values, generator) for _ in range(draws)])
 
 
 def test_rounding_is_unbiased_and_to_a_neighbour():
@@ -40,9 +41,7 @@ def test_what_bfloat16_holds_is_left_alone():
 
 def test_random_numbers_follow_seed_and_step():
     def draw(seed: int, step: int) -> list[int]:
-        return torch.randint(
-            0, 1 << 16, (4,), generator=precision.generator_at(str(seed), step, torch.device("cpu"))
-        ).tolist()
+        return torch.randint(0, 1 << 16, (4,), generator=generator_at(str(seed), step, torch.device("cpu"))).tolist()
 
     assert draw(3, 5) == draw(3, 5)
     assert len({tuple(draw(seed, step)) for seed in range(5) for step in range(20)}) == 100

@@ -2,8 +2,8 @@
 
 | name | matrices (parameters with three axes) | biases, thresholds, factors |
 |---|---|---|
-| adam | Adam | Adam |
-| adamw | Adam, decoupled weight decay | without decay |
+| adam | Adam; in blocks of rows with moments bf16, precision bf16 or lazy (`core.adam`) | Adam |
+| adamw | Adam, decoupled weight decay; in blocks of rows as adam | without decay |
 | adam8bit | Adam, moments of 8 bits in blocks of 256; of fewer than 4,096 numbers float32 (torchao) | Adam |
 | muon | Muon by (source, layer), momentum beta1, rate matched to Adam's, weight decay | Adam |
 | schedule_free | schedule-free AdamW, weight decay; its average is evaluated and saved (schedulefree) | without decay |
@@ -12,11 +12,8 @@ Parameters that do not require a gradient when the optimizer is made are not tra
 clipped and not saved.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,12 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from circuitmill.config.train import TrainConfig
-from circuitmill.core.decoders import Untied
-from circuitmill.core.muon import Muon
+from circuitmill.core.adam import RowAdam
+from circuitmill.core.rounding import generator_at, round_stochastically
 from circuitmill.core.transcoder import Transcoder
-from circuitmill.errors import ConfigError
+from circuitmill.training import algorithms
 from circuitmill.training.parallel.gradients import local
-from circuitmill.training.precision import LossScale, generator_at, require_finite, round_stochastically
+from circuitmill.training.precision import LossScale, require_finite
 
 _GROUP_STATE = ("k", "weight_sum", "lr_max")
 """Numbers of schedule-free groups that change from step to step."""
@@ -39,12 +36,12 @@ _GROUP_STATE = ("k", "weight_sum", "lr_max")
 class Optimizer:
     """Optimizers of torch's interface over a transcoder's trained parameters.
 
-    A parameter in bfloat16 is updated in float32, one at a time, and rounded stochastically: its optimizer works on a
-    stand-in that has numbers only during that update.
+    A parameter in bfloat16 that an optimizer cannot update itself is updated in float32, one at a time, and rounded
+    stochastically: its optimizer works on a stand-in that has numbers only during that update.
 
     Args:
         names: Trained parameters.
-        stand_ins: What the optimizers hold in place of the parameters that are stored in bfloat16.
+        stand_ins: What the optimizers hold in place of parameters that are stored in bfloat16.
         inner: One or more optimizers, which share the rate.
         seed: Of the rounding.
         loss_scale: With float16.
@@ -69,6 +66,8 @@ class Optimizer:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        self._factor = 1.0
+        """What gradients are multiplied by in the next update."""
         self._training: dict[nn.Parameter, Tensor] = {}
         """Values to go on training from, while the parameters hold what is evaluated instead."""
 
@@ -91,18 +90,15 @@ class Optimizer:
         if self.loss_scale is not None:
             self.loss_scale.unscale(self._inner)
 
-    @torch.no_grad()
     def clip(self, most: float, norm: float) -> None:
-        """Scale gradients down to at most this norm.
+        """Scale gradients down to at most this norm in the next update, most of them while they are read for it.
 
         Args:
             most: The limit.
             norm: Of the gradient, over all parameters and all ranks.
         """
         # as torch.nn.utils.clip_grad_norm_ does it
-        factor = min(1.0, most / (norm + 1e-6))
-        if factor < 1.0:
-            torch._foreach_mul_([local(p.grad) for p in self.names if p.grad is not None], factor)
+        self._factor = min(1.0, most / (norm + 1e-6))
 
     def step(self, lr: float, *, norm: float, number: int) -> None:
         """One update at this rate; gradients are cleared.
@@ -124,11 +120,13 @@ class Optimizer:
                 group["lr"] = lr
         if self.loss_scale is None or self.loss_scale.accepts(norm, number):
             self._update(number)
+        self._factor = 1.0
         for parameter in self.names:
             parameter.grad = None
 
     @torch.no_grad()
     def _update(self, number: int) -> None:
+        self._scale_gradients()
         waiting = {parameter: parameter.grad for parameter in self._stand_ins if parameter.grad is not None}
         self._step_all()
         if not waiting:
@@ -144,6 +142,26 @@ class Optimizer:
             stand_in.grad = None
             stand_in.data = stand_in.data.new_empty(0)
 
+    def _scale_gradients(self) -> None:
+        """By what `clip` found: in a pass of its own only where an optimizer cannot do it while it updates."""
+        own_pass = []
+        for inner in self._inner:
+            if isinstance(inner, RowAdam):
+                inner.factor = self._factor
+            elif all(group.get("fused") for group in inner.param_groups):
+                # what torch.amp.GradScaler gives them, and they divide by
+                device = inner.param_groups[0]["params"][0].device
+                scale = None if self._factor == 1.0 else torch.tensor(1 / self._factor, device=device)
+                inner.grad_scale, inner.found_inf = scale, None  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                own_pass.append(inner)
+        if self._factor == 1.0:
+            return
+        held = {parameter: self._held[self._stand_ins.get(parameter, parameter)][0] for parameter in self.names}
+        gradients = [local(p.grad) for p, inner in held.items() if p.grad is not None and inner in own_pass]
+        if gradients:
+            torch._foreach_mul_(gradients, self._factor)
+
     def _step_all(self) -> None:
         with torch.compiler.set_stance("force_eager") if self._eager else nullcontext():
             for inner in self._inner:
@@ -154,16 +172,18 @@ class Optimizer:
         return self._held[held][0].state.get(held, {})
 
     @torch.no_grad()
-    def _averaged(self, parameter: nn.Parameter) -> Tensor | None:
-        """What schedule-free training evaluates; None if that is the parameter itself.
+    def _evaluated(self, parameter: nn.Parameter) -> Tensor | None:
+        """What is evaluated and exported in place of a parameter; None if that is the parameter itself.
 
-        The optimizer moves y = (1 - beta1) z + beta1 x and keeps z; the average x follows from both.
+        Schedule-free training moves y = (1 - beta1) z + beta1 x and keeps z; the average x follows from both. With
+        lazy, rows that have had no gradient for some steps make the movements that they have missed.
         """
+        inner, group = self._held[self._stand_ins.get(parameter, parameter)]
+        value = self._training.get(parameter, parameter.data)
+        if isinstance(inner, RowAdam):
+            return inner.caught_up(parameter, value)
         z = self._state(parameter).get("z")
-        if z is None:
-            return None
-        beta1 = self._held[parameter][1]["betas"][0]
-        return self._training.get(parameter, parameter.data).lerp(z, 1 - 1 / beta1)
+        return None if z is None else value.lerp(z, 1 - 1 / group["betas"][0])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -176,12 +196,12 @@ class Optimizer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Parameters become what is evaluated and exported: averages of schedule_free, and float32.
+        """Parameters become what is evaluated and exported: averages of schedule_free, caught up, and float32.
 
         What to go on training from is still there for `tensors`.
         """
         for parameter in self.names:
-            found = self._averaged(parameter)
+            found = self._evaluated(parameter)
             if found is None and parameter.dtype == torch.bfloat16:
                 found = parameter.data.float()
             if found is not None and parameter not in self._training:
@@ -196,13 +216,14 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and state on this rank: `parameter.<name>`, `optimizer/<key>/<name>` and a few of their own.
 
-        They are not copied. Averages of schedule_free are the parameters, and y is part of the state.
+        They are not copied, but for what is evaluated in place of a parameter: that is the parameter here, and what
+        goes on being trained is `optimizer/y/<name>`.
         """
         named: dict[str, Tensor] = {}
         for parameter, name in self.names.items():
-            value, average = self._training.get(parameter, parameter.detach()), self._averaged(parameter)
-            named[f"parameter.{name}"] = local(value if average is None else average)
-            if average is not None:
+            value, evaluated = self._training.get(parameter, parameter.detach()), self._evaluated(parameter)
+            named[f"parameter.{name}"] = local(value if evaluated is None else evaluated)
+            if evaluated is not None:
                 named[f"optimizer/y/{name}"] = value
             for key, entry in self._state(parameter).items():
                 for part, tensor in _parts(local(entry)).items():
@@ -253,7 +274,7 @@ def _whole(saved: dict[str, Tensor], parameter: nn.Parameter, *, fused: bool) ->
         if part:
             signed = own == "exp_avg"
             values = [saved[f"{own}.{each}"].to(device, copy=True) for each in ("codes", "scale", "qmap")]
-            numbers = _package("torchao.optim.subclass_8bit", "torchao").OptimState8bit
+            numbers = algorithms.package("torchao.optim.subclass_8bit", "torchao").OptimState8bit
             state[own] = numbers(*values, signed, torch.float32)
         else:
             # optimizers that are not fused count steps on the CPU
@@ -275,20 +296,6 @@ def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """Trained parameters, or their stand-ins, by what they are."""
-
-    stacks: dict[int, list[nn.Parameter]]
-    """Matrices: stacks [_ _ _], by the axis along which they are stacked."""
-    others: list[nn.Parameter]
-
-    @property
-    def matrices(self) -> list[nn.Parameter]:
-        """All stacks."""
-        return [parameter for stack in self.stacks.values() for parameter in stack]
-
-
 def make_optimizer(transcoder: Transcoder, cfg: TrainConfig, salt: int = 0) -> Optimizer:
     """The optimizer of this configuration over all parameters that require a gradient.
 
@@ -304,65 +311,17 @@ def make_optimizer(transcoder: Transcoder, cfg: TrainConfig, salt: int = 0) -> O
     stand_ins = {
         parameter: nn.Parameter(torch.empty(0, device=parameter.device))
         for parameter in names
-        if parameter.dtype == torch.bfloat16
+        if parameter.dtype == torch.bfloat16 and not cfg.optimizer.by_rows
     }
-    # [feature target d_model]; all other stacks are along the first axis
-    by_target = {p for module in transcoder.modules() if isinstance(module, Untied) for p in module.parameters()}
-    trained = _Trained({0: [], 1: []}, [])
-    for parameter in names:
-        group = trained.stacks[int(parameter in by_target)] if parameter.ndim == 3 else trained.others
-        group.append(stand_ins.get(parameter, parameter))
+    trained = algorithms.sorted_out(transcoder, names, stand_ins)
+    seed = f"{cfg.seed}/{salt}" if salt else str(cfg.seed)
     device = transcoder.b_dec.device
     return Optimizer(
         names,
         stand_ins,
-        _inner(trained, cfg),
-        seed=f"{cfg.seed}/{salt}" if salt else str(cfg.seed),
+        algorithms.algorithms(transcoder, trained, names, cfg, seed),
+        seed=seed,
         loss_scale=LossScale(device) if cfg.optimizer.precision == "fp16" else None,
         # torchao compiles its update; without a GPU there may be no compiler, and less to gain
         eager=cfg.optimizer.name == "adam8bit" and device.type == "cpu",
     )
-
-
-def _inner(trained: _Trained, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers of torch's interface."""
-    own, rate = cfg.optimizer, cfg.lr
-    adam: dict[str, Any] = {"lr": rate, "betas": (own.beta1, own.beta2), "eps": own.eps}
-    everything = [*trained.matrices, *trained.others]
-    decayed = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((trained.matrices, own.weight_decay), (trained.others, 0.0))
-        if params
-    ]
-    match own.name:
-        case "adam":
-            return [torch.optim.Adam(everything, fused=True, **adam)]
-        case "adamw":
-            return [torch.optim.AdamW(decayed, fused=True, **adam)]
-        case "adam8bit":
-            return [_package("torchao.optim", "torchao").Adam8bit(everything, **adam)]
-        case "muon":
-            stacks = [{"params": params, "stack": axis} for axis, params in trained.stacks.items() if params]
-            muon = {"weight_decay": own.weight_decay, "momentum": own.beta1, "match_adam": True}
-            rest = [torch.optim.AdamW(trained.others, fused=True, weight_decay=0.0, **adam)] if trained.others else []
-            return [*([Muon(stacks, lr=rate, **muon)] if stacks else []), *rest]
-        case "schedule_free":
-            return [_schedule_free(decayed, adam)]
-
-
-def _schedule_free(groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
-    inner = _package("schedulefree", "schedulefree").AdamWScheduleFree(groups, **adam)
-    inner.train()
-    return inner
-
-
-def _package(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"the package {package}, which this optimizer is from",
-            found=str(error),
-            where="train.optimizer.name",
-            fix=f"pip install {package}",
-        ) from error

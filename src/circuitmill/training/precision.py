@@ -7,11 +7,13 @@
 | bf16 | bfloat16 | bfloat16, rounded stochastically | of matrices bfloat16; moments float32 |
 | fp16 | float16 | float32 | float32, of the scaled loss |
 
+With `train.optimizer.moments` bf16 the moments of matrices are bfloat16 too, rounded stochastically, whatever the
+precision.
+
 Pre-activations, activations, reconstructions and every sum of the loss are float32 throughout. Biases, thresholds and
 factors are few and stay in float32; so do parameters that are not trained.
 """
 
-import hashlib
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -54,27 +56,6 @@ def store_matrices(transcoder: Transcoder, cfg: TrainConfig) -> None:
     for parameter in transcoder.parameters():
         if parameter.requires_grad and parameter.ndim == 3:
             parameter.data = parameter.data.bfloat16()
-
-
-def generator_at(seed: str, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of one step: the same on all ranks, and after resuming."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-
-
-@torch.no_grad()
-def round_stochastically(values: Float[Tensor, "..."], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Bfloat16 neighbours of float32 numbers, the nearer the likelier, so that the expected value is the number.
-
-    >>> exact = torch.tensor([1.0, -2.5, 0.0])
-    >>> torch.equal(round_stochastically(exact, torch.Generator()), exact.bfloat16())
-    True
-    """
-    # a bfloat16 is the upper half of a float32; a uniform number below one unit of that half carries over into it
-    # with the probability that the lower half stands for, away from zero for both signs
-    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    bits = (values.contiguous().view(torch.int32) + noise) & -(1 << 16)
-    return bits.view(torch.float32).bfloat16()
 
 
 class LossScale:

@@ -9,6 +9,7 @@
 | update | all gradients, and what the optimizer works with |
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,16 @@ def optimizer_bytes(parameter: Parameter, cfg: TrainConfig) -> int:
         return round(_ADAM8 * parameter.numel)
     if name == "muon" and parameter.matrix:
         return FLOAT * parameter.numel
-    return 2 * FLOAT * parameter.numel
+    moment = _HALF if cfg.optimizer.moments == "bf16" and parameter.matrix else FLOAT
+    return 2 * moment * parameter.numel + _by_row(parameter, cfg)
+
+
+def _by_row(parameter: Parameter, cfg: TrainConfig) -> int:
+    """Of what lazy updates keep: when a feature had a gradient last, and what it has missed since."""
+    own = cfg.optimizer
+    if not own.lazy or not parameter.matrix or parameter.features_axis is None:
+        return 0
+    return (3 if own.weight_decay else 2) * FLOAT * math.prod(parameter.shape[: parameter.features_axis + 1])
 
 
 def memory(
@@ -241,11 +251,14 @@ def _update(here: tuple[Parameter, ...], cfg: TrainConfig) -> Real:
     trained = [p for p in here if p.trained]
     largest = max((p.numel for p in trained if p.matrix), default=0)
     needs = [0.0]
-    if cfg.optimizer.precision == "bf16":
+    if cfg.optimizer.precision == "bf16" and not cfg.optimizer.by_rows:
         # parameter and gradient in float32, random numbers, their sum and what is rounded
         needs.append(5 * FLOAT * largest)
     if cfg.optimizer.name == "schedule_free":
         needs.append(FLOAT * sum(p.numel for p in trained))
+    if cfg.optimizer.lazy:
+        # features that have caught up, for a checkpoint
+        needs.append(FLOAT * sum(p.numel for p in trained if p.matrix))
     if cfg.optimizer.name == "adam8bit":
         needs.append(5 * FLOAT * largest)
     if cfg.optimizer.name == "muon":

@@ -115,6 +115,8 @@ def impossible(cfg: TrainConfig, strategy: str, ranks: int, feature_ranks: int =
             return f"optimizer {own.name}"
         if own.precision in ("bf16", "fp16"):
             return f"precision {own.precision}"
+        if own.by_rows:
+            return "lazy" if own.lazy else f"moments {own.moments}"
     return _uneven(cfg, Division(strategy, ranks))
 
 
@@ -143,6 +145,8 @@ def _indivisible(cfg: TrainConfig, feature_ranks: int) -> str:
         return f"optimizer {update.name}"
     if update.precision == "fp16":
         return "precision fp16"
+    if update.lazy:
+        return "lazy, whose numbers by row are not in a checkpoint part by part"
     # the form decides, whatever the model's size
     reason = count(cfg, Shape(cfg.architecture.models, 1)).indivisible
     if reason:

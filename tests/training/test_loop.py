@@ -8,7 +8,7 @@ from tests.training.kinds import check_resuming, run_to_end, same_state
 
 from circuitmill.config.train import TermConfig
 from circuitmill.errors import ConfigError, DivergedError, InterruptedRun, ShapeError
-from circuitmill.training import loop
+from circuitmill.training import loop, objective
 from circuitmill.training.loop import Ended
 from circuitmill.training.state import start
 
@@ -23,7 +23,7 @@ def test_the_fit_improves_and_everything_is_reported():
     assert set(last) == {
         "step", "tokens", "loss", "loss_reconstruction", "loss_tanh_sparsity", "loss_pre_activation", "loss_auxiliary",
         "ev", "ev_per_layer", "l0", "dead", "lr", "coefficients", "grad_norm", "tokens_per_second", "data_wait_share",
-        "peak_memory_bytes",
+        "peak_memory_bytes", "sparse_layers",
     }  # fmt: skip
     assert len(last["ev_per_layer"]) == len(last["l0"]) == 2
     assert last["coefficients"] == {name: term.coefficient for name, term in cfg.loss.items()}
@@ -121,6 +121,21 @@ def test_dead_features_come_back():
 def test_clipping_bounds_the_step_but_not_the_reported_norm():
     _, rows = run(tiny(optimizer__clip_norm=1e-6))
     assert rows[0]["grad_norm"] > 1e-3
+
+
+def test_the_change_of_products_is_logged_and_changes_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(objective, "WORTHWHILE", {"cpu": 0.3})
+    cfg = tiny(loss__tanh_sparsity=TermConfig(3.0, 1.0, scale=1.0), tokens=1280)
+    with caplog.at_level("INFO", logger="circuitmill.training.loop"):
+        _, rows = run(cfg)
+    said = [record.getMessage() for record in caplog.records]
+    assert "layers work with active features alone" in said[0] and 1 < len(said) < 40
+    assert {0} < {row["sparse_layers"] for row in rows} <= {0, 1, 2}
+    for products, layers in (("dense", 0), ("sparse", 2)):
+        _, same = run(dataclasses.replace(cfg, products=products))
+        assert {row["sparse_layers"] for row in same} == {layers}
+        for key in ("loss", "ev", "l0"):
+            assert same[-1][key] == pytest.approx(rows[-1][key], rel=1e-4), key
 
 
 def test_starting_values_follow_the_configuration():

@@ -9,6 +9,7 @@ The result depends on configuration and data alone: a training that was interrup
 last checkpoint on as many ranks ends in the same parameters as an unbroken one, bit by bit on a CPU.
 """
 
+import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from circuitmill.training.parallel import gradients
 from circuitmill.training.parallel.layout import Layout
 from circuitmill.training.sequences import SequenceBatch, SequenceBatches, parts_of
 from circuitmill.training.state import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -76,7 +79,7 @@ def train(
         batches: Of this rank, normalised.
         layout: This rank among those that train together.
         log: Takes a row of metrics every `monitor.log_tokens`, with every measurement and at the end; called on all
-            ranks with the same numbers, memory and speed apart.
+            ranks with the same numbers; memory, speed and the way of products apart.
         checkpoint: Stores the state every `checkpoint_tokens` and at the end, and with each value of checkpoint_l0
             when the running L0 has fallen below it; called on all ranks.
         advance: Told the number of tokens after each step.
@@ -90,7 +93,7 @@ def train(
         DivergedError: a term of the loss or the gradient is not finite; the update is not made.
         InterruptedRun: a rank was asked to stop; a checkpoint has been made.
     """
-    clock = _Clock(layout)
+    clock, few = _Clock(layout), None
     state.n_dead = int(layout.features.total(state.dead(cfg.dead_tokens).sum()))
     with profile.recorded(cfg.monitor.profile_steps, trace) as before_step:
         while state.step < state.last_step(cfg):
@@ -98,6 +101,7 @@ def train(
             distributed.note(state.step)
             batch = clock.wait_for(lambda: batches.get(state.step))
             result, figures = _step(cfg, state, batch, layout, asked=stop())
+            few = _note_products(few, result.sparse, state.step)
             new = state.note_l0(cfg)
             last = state.step >= state.last_step(cfg)
             measuring = measure is not None and (last or _passed(cfg.monitor.heldout_every_tokens, state, cfg))
@@ -169,6 +173,14 @@ def _step(
     return result, figures
 
 
+def _note_products(before: tuple[bool, ...] | None, now: tuple[bool, ...], step: int) -> tuple[bool, ...]:
+    """Say with what decoders are multiplied, when that has changed."""
+    if now != before:
+        layers = [source for source, few in enumerate(now) if few]
+        _log.info("step %d: %d of %d layers work with active features alone: %s", step, len(layers), len(now), layers)
+    return now
+
+
 def _combined(results: list[BatchResult]) -> BatchResult:
     """What the whole batch would have given, from its micro-batches."""
     if len(results) == 1:
@@ -186,6 +198,7 @@ def _combined(results: list[BatchResult]) -> BatchResult:
         y_hat=torch.cat([result.y_hat for result in results]),
         firings=torch.stack([result.firings for result in results]).sum(dim=0),
         least=torch.stack([result.least for result in results]).amin(dim=0),
+        sparse=tuple(all(ways) for ways in zip(*(result.sparse for result in results), strict=True)),
     )
 
 
@@ -212,6 +225,7 @@ def _row(cfg: TrainConfig, state: TrainState, result: BatchResult, figures: Figu
         "lr": state.optimizer.lr,
         "coefficients": coefficients_at(cfg, tokens),
         "grad_norm": figures.grad_norm,
+        "sparse_layers": sum(result.sparse),
         "peak_memory_bytes": peak_memory(result.y_hat.device),
     }
     if state.optimizer.loss_scale is not None:

@@ -53,7 +53,7 @@ def test_segments_of_several_pieces(name, piece, monkeypatch):
 
 
 def test_matrices_that_are_not_stored_row_by_row():
-    values, feature = torch.ones(3, dtype=torch.float64), torch.tensor([0, 2, 1])
+    values, feature = torch.ones(1, dtype=torch.float64).expand(3), torch.tensor([0, 2, 1])
     offsets, weight = torch.tensor([0, 2, 3]), torch.arange(12, dtype=torch.float64).view(4, 3).T
     assert torch.equal(fused.decode(values, feature, offsets, weight), torch.stack([weight[0] + weight[2], weight[1]]))
     everywhere = torch.ones(1, dtype=torch.float64).expand(2, 4)

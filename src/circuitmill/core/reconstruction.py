@@ -31,8 +31,10 @@ class Reconstruction:
     ) -> None:
         self._coder, self._x, self._parts = transcoder, x, parts
         self._spans = [parts.within(span) for span in spans]
-        self._written: list[list[tuple[Tensor, ...]]] = []
-        """By source, by prefix: what its features up to there write, by target, [token d_model]."""
+        self._written: list[list[Tensor]] = []
+        """By source, by prefix: what its features up to there write, [token target d_model]."""
+        self._by_target: list[list[tuple[Tensor, ...]]] = []
+        """The same by target, if sums are sent by layer."""
         self._arriving: dict[int, Callable[[], Tensor]] = {}
 
     def write(self, source: int, a: Operand) -> None:
@@ -41,11 +43,13 @@ class Reconstruction:
         for span in self._spans:
             now = self._stretch(source, a, span)
             found.append(now if not found else found[-1] + now)
+        if not self._parts.overlap:
+            self._written.append(found)
+            return
         # the gradients of all targets are put together once; by index each would be put among zeros
-        self._written.append([written.unbind(1) for written in found])
-        if self._parts.overlap:
-            for layer in self._completed(source):
-                self._arriving[layer] = self._parts.begin(torch.stack(self._layer(layer), dim=1))
+        self._by_target.append([written.unbind(1) for written in found])
+        for layer in self._completed(source):
+            self._arriving[layer] = self._parts.begin(torch.stack(self._layer(layer), dim=1))
 
     def _stretch(self, source: int, a: Operand, span: slice) -> Float[Tensor, "token target d_model"]:
         targets = self._coder.topology.writes[source]
@@ -60,18 +64,22 @@ class Reconstruction:
 
     def _layer(self, layer: int) -> list[Float[Tensor, "token d_model"]]:
         """What the shard writes to a layer, by prefix."""
-        return [
-            self._coder.collected(layer, [written[prefix] for written in self._written])
-            for prefix in range(len(self._spans))
-        ]
+        writers = self._coder.topology.writers(layer)
+        found = []
+        for prefix in range(len(self._spans)):
+            first, *others = (self._by_target[source][prefix][index] for source, index in writers)
+            found.append(sum(others, start=first))
+        return found
 
     def finish(self) -> list[Float[Tensor, "token layer d_model"]]:
         """The reconstruction by each prefix."""
-        layers = range(self._coder.n_layers)
         if self._arriving:
-            whole = torch.stack([self._arriving[layer]() for layer in layers], dim=1)
+            whole = torch.stack([self._arriving[layer]() for layer in range(self._coder.n_layers)], dim=1)
         else:
-            partial = torch.stack([one for layer in layers for one in self._layer(layer)], dim=1)
-            whole = self._parts.total(partial).unflatten(1, (len(layers), len(self._spans)))
-        by_prefix = [whole.squeeze(2)] if len(self._spans) == 1 else whole.unbind(2)
-        return [self._coder.with_biases(one, self._x) for one in by_prefix]
+            prefixes = range(len(self._spans))
+            partial = [self._coder.collected([written[prefix] for written in self._written]) for prefix in prefixes]
+            if len(partial) == 1:
+                return [self._coder.with_biases(self._parts.total(partial[0]), self._x)]
+            # sent in one piece
+            whole = self._parts.total(torch.stack(partial, dim=2))
+        return [self._coder.with_biases(one, self._x) for one in whole.unbind(2)]

@@ -9,6 +9,7 @@ With the default architecture this is the cross-layer transcoder of "Circuit Tra
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import einsum
@@ -207,21 +208,12 @@ class Transcoder(nn.Module):
         Raises:
             ShapeError: it is needed and missing.
         """
-        by_target = [each.unbind(1) for each in written]
-        layers = [self.collected(layer, by_target) for layer in range(self.n_layers)]
-        return self.with_biases(torch.stack(layers, dim=1), x)
+        return self.with_biases(self.collected(written), x)
 
-    def collected(
-        self, layer: int, written: Sequence[Sequence[Float[Tensor, "token d_model"]]]
-    ) -> Float[Tensor, "token d_model"]:
-        """Sum what is written to a layer, by all sources that write there.
-
-        Args:
-            layer: The target.
-            written: By source and by its targets, in order.
-        """
-        first, *others = (written[source][index] for source, index in self.topology.writers(layer))
-        return sum(others, start=first)
+    def collected(self, written: Sequence[Float[Tensor, "token _ d_model"]]) -> Float[Tensor, "token layer d_model"]:
+        """Sum what each source wrote into the layers it wrote to; sources in order."""
+        places = tuple(_as_slice(targets) for targets in self.topology.writes)
+        return _Collected.apply(places, self.n_layers, *written)
 
     def with_biases(
         self, written: Float[Tensor, "token layer d_model"], x: Float[Tensor, "token layer d_model"] | None = None
@@ -277,6 +269,28 @@ class Transcoder(nn.Module):
         if kind == "summed":
             return torch.stack([self.decoder.target_norms(source).sum(dim=1) for source in sources])
         return torch.stack([self.decoder.norms(source) for source in sources])
+
+
+class _Collected(torch.autograd.Function):
+    """Sums of stretches of layers in place; the gradient of each summand is a part of that of the sum, not a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, places: tuple[slice | list[int], ...], n_layers: int, *written: Tensor) -> Tensor:
+        ctx.places = places
+        n_tokens, _, d_model = written[0].shape
+        whole = written[0].new_zeros(n_tokens, n_layers, d_model)
+        for place, each in zip(places, written, strict=True):
+            whole[:, place] += each
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(gradient[:, place] for place in ctx.places))
+
+
+def _as_slice(targets: tuple[int, ...]) -> slice | list[int]:
+    first, last = targets[0], targets[-1]
+    return slice(first, last + 1) if last - first + 1 == len(targets) else list(targets)
 
 
 def make_decoder(form: ArchitectureConfig, topology: Topology, n_features: int, d_model: int) -> Decoder:

@@ -148,10 +148,12 @@ class Optimizer:
         for inner in self._inner:
             if isinstance(inner, RowAdam):
                 inner.factor = self._factor
-            elif all(group.get("fused") for group in inner.param_groups):
-                # what torch.amp.GradScaler gives them, and they divide by
+            elif all(group.get("fused") and _all_float32(group["params"]) for group in inner.param_groups):
+                # what torch.amp.GradScaler gives them, and they divide by; it is read as float32
                 device = inner.param_groups[0]["params"][0].device
-                scale = None if self._factor == 1.0 else torch.tensor(1 / self._factor, device=device)
+                scale = (
+                    None if self._factor == 1.0 else torch.tensor(1 / self._factor, dtype=torch.float32, device=device)
+                )
                 inner.grad_scale, inner.found_inf = scale, None  # pyright: ignore[reportAttributeAccessIssue]
             else:
                 own_pass.append(inner)
@@ -325,3 +327,7 @@ def make_optimizer(transcoder: Transcoder, cfg: TrainConfig, salt: int = 0) -> O
         # torchao compiles its update; without a GPU there may be no compiler, and less to gain
         eager=cfg.optimizer.name == "adam8bit" and device.type == "cpu",
     )
+
+
+def _all_float32(parameters: list[nn.Parameter]) -> bool:
+    return all(parameter.dtype == torch.float32 for parameter in parameters)

@@ -19,6 +19,7 @@ from circuitmill.config.train import NonlinearityConfig, TermConfig, TrainConfig
 from circuitmill.core import init
 from circuitmill.core.transcoder import Transcoder
 from circuitmill.errors import ConfigError
+from circuitmill.training import precision
 from circuitmill.training.objective import Moment, evaluate_batch
 from circuitmill.training.parallel import activations
 from circuitmill.training.parallel.census import Division, Shape, count
@@ -247,10 +248,11 @@ def test_more_ranks_need_no_more_each(n_features: int, batch: int, name: str, op
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile had at a time."""
+    """The most bytes that tensors made meanwhile had at a time; those that were there before do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: list[torch.Tensor]) -> None:
         super().__init__()
+        self._before = {tensor.untyped_storage()._cdata for tensor in before}
         self._here: dict[int, int] = {}
         self.most = 0
 
@@ -263,7 +265,7 @@ class Live(TorchDispatchMode):
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._here:
+        if key not in self._here and key not in self._before:
             self._here[key] = storage.nbytes()
             weakref.finalize(storage, self._here.pop, key, None)
         self.most = max(self.most, sum(self._here.values()))
@@ -277,52 +279,74 @@ TERMS = {
     "pre_activation": TermConfig(1e-3),
     "auxiliary": TermConfig(0.03, k=4),
 }
-N, T, N_LAYERS, WIDTH = 1024, 512, 3, 8
+N, T, N_LAYERS, WIDTH = 2048, 256, 4, 128
+ACTIVE = 32.0
 BY_K = ("topk", "token_topk", "batch_topk", "batch_topk_all", "groupmax")
-PASSES = [
-    *[(name, ()) for name in ("jumprelu", "relu", *BY_K)],
-    *[("jumprelu", (term,)) for term in TERMS],
-    ("jumprelu", tuple(TERMS)),
-    ("topk", ("auxiliary",)),
+PASSES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    *[(name, (), {}) for name in ("jumprelu", "relu", *BY_K)],
+    *[("jumprelu", (term,), {}) for term in TERMS],
+    ("jumprelu", tuple(TERMS), {}),
+    ("topk", ("auxiliary",), {}),
+    ("topk", ("pre_activation",), {}),
+    ("jumprelu", (), {"architecture": ArchitectureConfig(prefixes=(512, 2048))}),
+    ("jumprelu", (), {"architecture": ArchitectureConfig(decoder="target")}),
+    ("jumprelu", ("tanh_sparsity",), {"architecture": ArchitectureConfig(topology="crosscoder")}),
+    ("jumprelu", ("tanh_sparsity",), {"optimizer__precision": "bf16_autocast"}),
 ]
 
 
+def named(value: Any) -> str:
+    if isinstance(value, dict):
+        return "".join(str(getattr(part, "decoder", part)) for part in value.values())
+    return value if isinstance(value, str) else "+".join(value)
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
-@pytest.mark.parametrize(
-    ("name", "terms"), PASSES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
-)
-def test_what_autograd_keeps(name: str, terms: tuple[str, ...], dense: bool, monkeypatch: pytest.MonkeyPatch):
-    """Maps of tokens and features are nearly all of it here. What a kernel itself copies is not seen."""
+@pytest.mark.parametrize("many", [False, True], ids=["parameters", "places"])
+@pytest.mark.parametrize(("name", "terms", "changes"), PASSES, ids=named)
+def test_what_autograd_keeps(
+    name: str,
+    terms: tuple[str, ...],
+    changes: dict[str, Any],
+    many: bool,
+    dense: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Where decoders are most of it, and where places are. What a kernel itself copies is not seen."""
     monkeypatch.setattr(activations, "_KTHVALUE", 0)
-    k = 0.0 if name in ("jumprelu", "relu") else 8.0
+    rows, width = (512, 8) if many else (T, WIDTH)
+    active = ACTIVE * 4 if many and not dense else ACTIVE
     cfg = tiny(
         n_features=N,
-        batch_tokens=T,
-        pool_tokens=T,
-        tokens=T,
+        batch_tokens=rows,
+        pool_tokens=rows,
+        tokens=rows,
         warmup_tokens=0,
         decay_share=0.0,
-        nonlinearity=NonlinearityConfig(name, bandwidth=0.01, k=k),
+        nonlinearity=NonlinearityConfig(name, bandwidth=0.01, k=active if name in BY_K else 0.0),
         products="dense" if dense else "auto",
         loss={"reconstruction": TermConfig(1.0), **{term: TERMS[term] for term in terms}},
-        init__l0=8.0,
+        init__l0=active,
+        **changes,
     )
-    coder = Transcoder(N_LAYERS, N, WIDTH)
+    coder = Transcoder(N_LAYERS, N, width, cfg.architecture)
     init.uniform(coder, generator=torch.Generator().manual_seed(0))
-    x, y = torch.randn(2, T, N_LAYERS, WIDTH, generator=torch.Generator().manual_seed(1))
+    x, y = torch.randn(2, rows, N_LAYERS, width, generator=torch.Generator().manual_seed(1))
     coder.log_threshold.requires_grad_(name == "jumprelu")
     with torch.no_grad():
         coder.log_threshold.fill_(math.log(cfg.init.threshold) if name == "jumprelu" else -math.inf)
     if name in ("jumprelu", "relu"):
-        init.encoder_bias_for_rate(coder, x, rate=cfg.init.l0 / N)
-    dead = torch.full((N_LAYERS, N), "auxiliary" in terms)
-    moment = Moment(T, dead, torch.full((N_LAYERS, N), 0.1), int(dead.sum()))
-    with Live() as live:
-        result = evaluate_batch(coder, x, y, cfg, moment)
+        init.encoder_bias_for_rate(coder, x, rate=active / N)
+    dead = torch.full(coder.b_enc.shape, "auxiliary" in terms)
+    moment = Moment(rows, dead, torch.full(coder.b_enc.shape, 0.1), int(dead.sum()))
+    with Live([*coder.parameters(), x, y]) as live:
+        with precision.products(cfg.optimizer.precision, x.device):
+            result = evaluate_batch(coder, x, y, cfg, moment)
         forward, live.most = live.most, 0
         result.loss.backward()
-    census = count(cfg, Shape(N_LAYERS, WIDTH))
-    found = memory(cfg, Shape(N_LAYERS, WIDTH), census, Division("single"), device="cpu", dead=float(dead.any()))
+    shape = Shape(N_LAYERS, width)
+    found = memory(cfg, shape, count(cfg, shape), Division("single"), device="cpu", dead=float(dead.any()))
     base = found.weights + found.optimizer + found.batch
+    assert found.dense == dense
     assert 0.9 < (found.moments["forward"] - base) / forward < 1.2
     assert 0.9 < (found.moments["backward"] - base) / live.most < 1.2

@@ -1,17 +1,19 @@
 """What the evaluation of a micro-batch and its gradient keep in memory besides parameters, by arithmetic.
 
-The unit of most of it is a map: float32 numbers for every token and feature of one source. How many there are at a time
-depends on the nonlinearity and the terms of the loss, and on whether activations are dense or, on a CPU, the few places
-that matter (`kernels.sparse`). The tables below are counts of what autograd keeps, taken from the code that they
-describe; tests compare them with what torch allocates.
+Where all places of a source are worked on, the unit is a map: float32 numbers for every token and feature of one
+source. Where only the places that matter are (`core.encoding`), what stays is so many bytes for each of them, and maps
+are there for a moment, while they are found. The tables below are counts of what autograd keeps and of what is made
+meanwhile, taken from the code that they describe; tests compare them with what torch allocates.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from statistics import NormalDist
 
 from circuitmill.config.names import is_import_path
-from circuitmill.config.train import TOP_K, TrainConfig
+from circuitmill.config.train import OVER_SOURCES, TOP_K, TrainConfig
+from circuitmill.core.encoding import RANKED
 from circuitmill.core.topology import Topology
 from circuitmill.kernels.sparse import WORTHWHILE
 
@@ -20,156 +22,261 @@ Real = float | int
 
 
 @dataclass(frozen=True)
-class Maps:
-    """Maps per source that stay, and those that are there for a moment, in the forward and in the backward pass."""
+class Amount:
+    """Of one source: what stays, and what is there for a moment, in the forward and in the backward pass."""
 
     forward: Real
     forward_moment: Real
+    begun: Real
+    """When the backward pass begins."""
     backward: Real
+    """When it has passed the terms of the loss, which come first."""
     backward_moment: Real
 
-    def __add__(self, other: "Maps") -> "Maps":
+    def __add__(self, other: "Amount") -> "Amount":
         """What stays adds up; of moments the worst counts."""
-        return Maps(
+        return Amount(
             self.forward + other.forward,
             max(self.forward_moment, other.forward_moment),
+            self.begun + other.begun,
             self.backward + other.backward,
             max(self.backward_moment, other.backward_moment),
         )
 
+    def __mul__(self, factor: Real) -> "Amount":
+        """Of something that is so large."""
+        return Amount(*(factor * each for each in astuple(self)))
 
-_SPARSE = {
-    "jumprelu": Maps(1, 0.25, 0, 2.25),
-    "relu": Maps(2, 0.5, 1, 2),
-    "by source": Maps(2.25, 1.25, 1.25, 2),
-    "together": Maps(4.25, 0, 3.4, 0.1),
+
+NOTHING = Amount(0, 0, 0, 0, 0)
+_MAPS = {"jumprelu": Amount(2, 0.5, 2, 2, 2.25), "relu": Amount(2, 0.25, 1, 1, 2)}
+"""Maps where all places are worked on: pre-activations and activations, and masks for a moment."""
+_MAPS_RANKED = Amount(2.25, 0, 1.25, 1.25, 1)
+"""Of top-k kinds, with the mask."""
+_MAPS_UNKNOWN = Amount(5, 1, 4, 4, 2.25)
+"""Somebody else's nonlinearity, which is taken to keep a map of its own besides what it is given and returns."""
+_WHERE = 4 * INT
+"""Bytes of a kept place: its feature and its token, and the same sorted by feature."""
+_PLACES = {"jumprelu": Amount(_WHERE + 3 * FLOAT, 3 * FLOAT, _WHERE + 3 * FLOAT, _WHERE + 3 * FLOAT, 5 * FLOAT)}
+"""Bytes of a kept place with what is there: pre-activation, threshold and activation."""
+_PLACES_ELSE = Amount(_WHERE + 2 * FLOAT, 3 * FLOAT, _WHERE + FLOAT, _WHERE + FLOAT, 4 * FLOAT)
+"""After a ReLU the pre-activation is not kept."""
+_MAPS_OF_TERMS = {
+    "tanh_sparsity": Amount(1, 1, 1, 1, 2),
+    "l1": Amount(0, 1, 0, 1, 1.25),
+    "quadratic_l0": Amount(0, 1.25, 0, 0, 2.25),
+    "frequency": Amount(0, 1.25, 0, 0, 2.25),
+    "pre_activation": Amount(1, 1, 1, 1, 2.25),
 }
-"""By nonlinearity, or how it ranks: pre-activations, and what `nonlinearity._keep` makes of them."""
-_DENSE = {
-    "jumprelu": Maps(2, 0.25, 2, 2.25),
-    "relu": Maps(2, 0.25, 1, 2),
-    "by source": Maps(3.25, 0.25, 2.25, 1),
-    "together": Maps(4.25, 0, 3.4, 0),
+_PLACES_OF_TERMS = {
+    "tanh_sparsity": Amount(2 * FLOAT, 3 * FLOAT, 2 * FLOAT, FLOAT, 3 * FLOAT),
+    "l1": Amount(FLOAT, 2 * FLOAT, FLOAT, FLOAT, 2 * FLOAT),
+    "quadratic_l0": Amount(2 * FLOAT, 3 * FLOAT, 2 * FLOAT, 0, 4 * FLOAT),
+    "frequency": Amount(2 * FLOAT, 3 * FLOAT, 2 * FLOAT, 0, 4 * FLOAT),
+    "pre_activation": Amount(FLOAT, 3 * FLOAT, FLOAT, FLOAT, 3 * FLOAT),
 }
-_KTHVALUE = 3
-"""On a CPU a choice among whole rows copies them, with the place of each number (`core.parts.largest`)."""
-_TERMS = {
-    "tanh_sparsity": (Maps(0, 0.25, 0, 0), Maps(1, 1, 1, 2)),
-    "l1": (Maps(0, 0.25, 0, 0), Maps(0, 1, 1, 1.25)),
-    "quadratic_l0": (Maps(0, 1.25, 1, 1.5), Maps(0, 1.25, 0, 2.25)),
-    "frequency": (Maps(0, 1.25, 1, 2.5), Maps(0, 1.25, 0, 2.25)),
-    "pre_activation": (Maps(1, 1, 1, 2), Maps(1, 1, 1, 2.25)),
-}
-"""Sparse and dense."""
-_SAME = {"l1": "tanh_sparsity", "frequency": "quadratic_l0"}
+_BELOW_ALL = Amount(2, 1, 1, 0, 1)
+"""Maps of the pre-activation term where places above the threshold are left out: it computes all of them again."""
+_SAME = {"l1": "tanh_sparsity"}
 """Of two terms that both are there, the first keeps nothing in the backward pass that the second does not: the gradient
-of activations, and pre-activations."""
-_UNKNOWN = Maps(1, 1, 1, 2.25)
-"""A term or nonlinearity that is somebody else's function is taken to keep a map of its own."""
-_PLACE = 2 * INT + FLOAT
-"""Bytes of a kept place: where it is in the matrix and in its row, and the activation."""
-_PLACE_MORE = {"jumprelu": 2 * FLOAT, "tanh_sparsity": 2 * FLOAT, "l1": FLOAT}
-_PLACE_MOMENT = 5 * INT
-"""The gradient of a sparse product sorts them."""
+of activations."""
+WEIGHED = ("tanh_sparsity", "l1")
+"""Terms that multiply activations by what features write."""
+_TERM_UNKNOWN = Amount(1, 1, 1, 1, 2.25)
+"""Maps: a term that is somebody else's function is taken to keep one."""
+_KTHVALUE = 3
+"""On a CPU a choice among whole rows copies them, with the place of each number."""
+_CANDIDATES, _BLOCKS = 1.15, 4
+"""For each place that is kept: candidates, and blocks of a row whose maxima are compared (`kernels.select`)."""
+_CANDIDATE, _RANKED = FLOAT + INT, 96
+"""Bytes of a candidate, and while candidates are ranked: its place in many forms, the row that it stands in."""
+_BITS = 1 / 32 + 1 / 128
+"""Maps while places above a threshold are found on a GPU: a bit for each place, and counts by tile."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a micro-batch."""
+
+    tokens: int
+    n_features: int
+    """On this rank."""
+    d_model: int
+    n_sources: int
+    reads: int
+    """Layers that a source reads, at most."""
+    device: str
+    ranked_over: int
+    """Ranks on which the parts of a row are of which the largest numbers are kept."""
+    dead: float
+    """Share of the features that are dead, which the auxiliary term looks at."""
+
+    @property
+    def map(self) -> int:
+        """Bytes of float32 numbers for every token and feature of a source."""
+        return FLOAT * self.tokens * self.n_features
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one source and one micro-batch, in bytes."""
+    """Of one source and one micro-batch, in bytes, unless said."""
 
     dense: bool
     share: float
     """Of the places that are taken to be kept if activations are not dense."""
+    places: float
+    """Number of them; zero if activations are dense."""
+    together: bool
+    """Whether all sources are encoded at once."""
+    encoding: Real
+    """While it is encoded, or all are if that is at once, itself included."""
+    encoded: Real
     forward: Real
+    """With what terms of the loss keep."""
     forward_moment: Real
+    begun: Real
     backward: Real
     backward_moment: Real
 
 
-def kept(
-    cfg: TrainConfig,
-    *,
-    tokens: int,
-    n_features: int,
-    d_model: int,
-    device: str,
-    shards: bool,
-    elsewhere: bool,
-    dead: float,
-) -> Kept:
-    """What stays of one source between its forward and its backward pass.
+def kept(cfg: TrainConfig, work: Work) -> Kept:
+    """What stays of one source between its forward and its backward pass, and what is there meanwhile.
 
     Args:
         cfg: Nonlinearity, terms of the loss and precision.
-        tokens: In a micro-batch.
-        n_features: On this rank.
-        d_model: Width of the activations.
-        device: cpu, on which few kept places are worth while, or cuda.
-        shards: Whether features or tokens are shared with other ranks.
-        elsewhere: Whether a part of what is ranked is on another rank.
-        dead: Share of the features that are dead, which the auxiliary term looks at.
+        work: Of the rank.
     """
-    share = kept_share(cfg, d_model)
-    dense = device != "cpu" or share > WORTHWHILE["cpu"]
-    name = cfg.nonlinearity.name
-    if is_import_path(name):
-        maps = _DENSE["together"] + _UNKNOWN
-        dense = True
+    share, name = kept_share(cfg, work.d_model, work.reads), cfg.nonlinearity.name
+    dense = is_import_path(name) or share > _worthwhile(cfg, work.device)
+    places = 0.0 if dense else share * work.tokens * work.n_features
+    own = _all_places(cfg) * work.map if dense else _few_places(cfg, work, places)
+    terms = sum(_terms(cfg, work, dense, places), start=NOTHING)
+    all_ = own + terms
+    together = is_import_path(name) or name in OVER_SOURCES or (name in RANKED and work.ranked_over > 1)
+    if name in TOP_K:
+        encoding = _while_ranked(cfg, work, own, dense, share, together=together)
+    elif dense:
+        encoding = (work.n_sources if together else 1) * own.forward + own.forward_moment
     else:
-        maps = (_DENSE if dense else _SPARSE)[_ranking(name, elsewhere=elsewhere)]
-    if device == "cpu" and not shards and name in ("topk", "batch_topk"):
-        # while one source is ranked, of which two maps are there besides the copies
-        moment = _KTHVALUE + 2 - maps.forward
-        maps = maps + Maps(0, moment, 0, 0)
-    for kind in sorted(cfg.active_kinds()):
-        if kind in _TERMS:
-            more = _TERMS[kind][dense]
-            again = _SAME.get(kind) in cfg.active_kinds()
-            maps = maps + (replace(more, backward=0) if again else more)
-        elif kind == "auxiliary":
-            maps = maps + Maps(dead, dead, dead, 2 if dead else 0)
-        elif is_import_path(kind):
-            maps = maps + _UNKNOWN
-    if cfg.optimizer.precision != "float32" and dense:
-        # factors are rounded copies: activations stay in both types until the product is made, then in the smaller one
-        maps = maps + Maps(0.5, 0, -0.5, 2.75)
-    if cfg.architecture.prefixes and dense:
-        maps = maps + Maps(0, 0, 0, 3)
-    one = FLOAT * tokens * n_features
-    places = 0.0 if dense else share * tokens * n_features
-    kinds = {name, *cfg.active_kinds()}
-    stays = places * (_PLACE + sum(more for kind, more in _PLACE_MORE.items() if kind in kinds))
+        finding = own.forward + own.forward_moment + _finding(cfg, work) * work.map
+        encoding = max(_product(cfg, work) * work.map, finding)
     return Kept(
         dense,
         share,
-        forward=maps.forward * one + stays,
-        forward_moment=maps.forward_moment * one,
-        backward=maps.backward * one + stays,
-        backward_moment=maps.backward_moment * one + places * _PLACE_MOMENT,
+        places,
+        together,
+        encoding,
+        own.forward,
+        all_.forward,
+        terms.forward_moment,
+        all_.begun,
+        all_.backward,
+        all_.backward_moment,
     )
 
 
-def ranked_at_once(cfg: TrainConfig, *, device: str, shards: bool, elsewhere: bool) -> Real:
-    """Maps per source at the moment at which all sources are ranked together; zero if they are not."""
+def _worthwhile(cfg: TrainConfig, device: str) -> float:
+    """Share of places up to which only these are worked on (`training.objective.settings_at`)."""
+    return {"auto": WORTHWHILE.get(device, 0.0), "dense": -1.0, "sparse": 1.0}[cfg.products]
+
+
+def _all_places(cfg: TrainConfig) -> Amount:
+    """Maps of a source."""
     name = cfg.nonlinearity.name
-    if is_import_path(name) or _ranking(name, elsewhere=elsewhere) != "together":
-        return 0.0
-    # pre-activations by source and in one tensor, and what of them is positive; then copies, or masks
-    return 3 + (_KTHVALUE if device == "cpu" and not shards else 1.25)
+    found = _MAPS_UNKNOWN if is_import_path(name) else _MAPS.get(name, _MAPS_RANKED)
+    if cfg.optimizer.precision != "float32":
+        # factors are rounded copies: activations stay in both types until the product is made, then in the smaller one;
+        # for a ReLU, and until terms that multiply them have been passed, as they are too
+        stays, moment = (0.5, 0) if name == "relu" else (-0.5, 2.75 if name == "jumprelu" else 1.5)
+        weighed = name != "relu" and not cfg.active_kinds().isdisjoint(WEIGHED)
+        found = found + Amount(0.5, 0, stays + weighed, stays, moment)
+    return found + Amount(0, 0, 0, 0, 3) if cfg.architecture.prefixes else found
 
 
-def _ranking(name: str, *, elsewhere: bool) -> str:
-    if name in ("jumprelu", "relu"):
-        return name
-    over_ranks = elsewhere and name in TOP_K and name != "groupmax"
-    return "together" if over_ranks or name in ("token_topk", "batch_topk_all") else "by source"
+def _few_places(cfg: TrainConfig, work: Work, places: float) -> Amount:
+    """Bytes of a source."""
+    found = _PLACES.get(cfg.nonlinearity.name, _PLACES_ELSE)
+    if work.device != "cpu":
+        # sums by feature are made after sorting
+        found = found + Amount(0, 5 * INT, 0, 0, 6 * INT)
+    prefixes = len(cfg.architecture.prefixes)
+    if prefixes:
+        # each stretch has places of its own, and a mask
+        more = _WHERE + FLOAT + prefixes
+        found = found + Amount(more, 0, more, more, 0)
+    ends = INT * (work.tokens * max(1, prefixes) + work.n_features)
+    return found * places + Amount(ends, 0, ends, ends, 0)
 
 
-def kept_share(cfg: TrainConfig, d_model: int) -> float:
+def _terms(cfg: TrainConfig, work: Work, dense: bool, places: float) -> Iterator[Amount]:
+    """Bytes of a source, by term of the loss."""
+    kinds = cfg.active_kinds()
+    for kind in sorted(kinds):
+        if is_import_path(kind):
+            yield _TERM_UNKNOWN * work.map
+        elif kind == "auxiliary":
+            yield _auxiliary(cfg, work, dense)
+        elif kind == "pre_activation" and not dense and cfg.nonlinearity.name in TOP_K:
+            yield _BELOW_ALL * work.map
+        elif kind in _MAPS_OF_TERMS:
+            found = _MAPS_OF_TERMS[kind] * work.map if dense else _PLACES_OF_TERMS[kind] * places
+            yield replace(found, backward=0) if _SAME.get(kind) in kinds else found
+
+
+def _auxiliary(cfg: TrainConfig, work: Work, dense: bool) -> Amount:
+    """The strongest dead features are few places, chosen among all places of dead features."""
+    if not work.dead:
+        return NOTHING
+    most = max(term.k or 1 for name, term in cfg.active_terms().items() if (term.term or name) == "auxiliary")
+    places = work.tokens * min(most, work.dead * work.n_features)
+    # their gradient is put among zeros where pre-activations of all places are kept
+    maps = Amount(0, 2 * work.dead, 0, dense, dense)
+    encoders = 0 if dense else FLOAT * work.dead * work.n_features * work.d_model * work.reads
+    return _PLACES_ELSE * places + maps * work.map + Amount(0, 2 * work.dead * work.map + encoders, 0, 0, 0)
+
+
+def _product(cfg: TrainConfig, work: Work) -> Real:
+    """Maps while pre-activations of a source are computed: a sum over layers, or in the type of the products first."""
+    if work.reads > 1:
+        return 3
+    return 1 if cfg.optimizer.precision == "float32" else 1.5
+
+
+def _finding(cfg: TrainConfig, work: Work) -> Real:
+    """Maps while places above thresholds are found."""
+    if work.device == "cuda" and work.reads == 1:
+        return _BITS
+    strides = cfg.nonlinearity.name == "jumprelu" and cfg.nonlinearity.band_stride > 1
+    return 1.75 if strides else 1.25
+
+
+def _while_ranked(cfg: TrainConfig, work: Work, own: Amount, dense: bool, share: float, *, together: bool) -> Real:
+    """Bytes while candidates of a source, or of all, are found and ranked."""
+    name, all_places = cfg.nonlinearity.name, work.tokens * work.n_features
+    sources = work.n_sources if together else 1
+    # a mask is made from where the kept ones are
+    kept_ = sources * (own.forward + (3 * INT * share * all_places if dense else own.forward_moment))
+    product = _product(cfg, work)
+    if name == "groupmax":
+        # the largest of each group, and which it is
+        return max(kept_, work.map * max(product, 1 + 3 * share + 5 * INT / FLOAT * share))
+    of_row = share * work.ranked_over * (work.n_sources if name in OVER_SOURCES else 1)
+    width = max(1, math.floor(1 / (_BLOCKS * of_row)))
+    copies = _KTHVALUE if work.device == "cpu" and of_row < 1 else 0
+    maxima = (copies + (width > 1)) / width
+    # positive ones, of which there are as many as negative ones at the start
+    candidates = min(_CANDIDATES * of_row, 0.5) * all_places
+    before = sources - 1 if dense else min(sources - 1, 1)
+    found = work.map * (before + max(product, 1.75, 1 + maxima)) + sources * candidates * _CANDIDATE
+    ranked = work.map * (sources if dense else 1) + sources * candidates * _RANKED
+    return max(found, ranked, kept_)
+
+
+def kept_share(cfg: TrainConfig, d_model: int, reads: int) -> float:
     """Share of places that matter at the start of the training, by its configuration.
 
-    With jumprelu these are all above the threshold less half the kernel's width: more than fire. Pre-activations are
-    taken as normal, with the spread that the starting values of encoders give them.
+    With jumprelu these are all above the threshold and, on some tokens, those less than half the kernel's width below
+    it. Pre-activations are taken as normal, with the spread that the starting values of encoders give them.
     """
     own, n_features = cfg.nonlinearity, cfg.n_features
     if own.name in TOP_K:
@@ -178,13 +285,15 @@ def kept_share(cfg: TrainConfig, d_model: int) -> float:
     by_rate = cfg.init.encoder_bias == "firing_rate" or bool(cfg.base)
     if own.name != "jumprelu":
         return fires if by_rate else 0.5
-    normal, spread = NormalDist(), _spread(cfg, d_model)
+    normal, spread = NormalDist(), _spread(cfg, d_model) * math.sqrt(reads)
     threshold = normal.inv_cdf(1 - fires) if by_rate else cfg.init.threshold / spread
-    return 1 - normal.cdf(threshold - own.bandwidth / 2 / spread)
+    above = 1 - normal.cdf(threshold)
+    below = 1 - normal.cdf(threshold - own.bandwidth / 2 / spread) - above
+    return above + below / own.band_stride
 
 
 def _spread(cfg: TrainConfig, d_model: int) -> float:
-    """Standard deviation of pre-activations of inputs with mean square 1, at the start."""
+    """Standard deviation of pre-activations of one layer's inputs with mean square 1, at the start."""
     bounds = {
         "uniform": 1 / math.sqrt(cfg.n_features),
         "transpose": 1 / math.sqrt(d_model),

@@ -131,7 +131,7 @@ def memory(
         gradients,
         optimizer,
         batch,
-        activations=round(pass_.n_sources * own.forward),
+        activations=round(n_sources * own.forward),
         moments={name: round(size) for name, size in moments.items()},
         dense=own.dense,
         share=own.share,
@@ -153,25 +153,24 @@ class _Pass:
         dead: float,
     ) -> None:
         self.cfg, self.census, self.division = cfg, census, division
-        self.n_sources = census.topology.n_sources
-        self._map = FLOAT * tokens * n_features
-        shards = division.ranks > 1
+        topology = census.topology
         over_tokens = cfg.nonlinearity.name in OVER_TOKENS
-        elsewhere = division.feature_ranks > 1 or (over_tokens and division.data_ranks > 1)
-        self.kept = activations.kept(
-            cfg,
+        self._work = activations.Work(
             tokens=tokens,
             n_features=n_features,
             d_model=shape.d_model,
+            n_sources=topology.n_sources,
+            reads=max(map(len, topology.reads)),
             device=device,
-            shards=shards,
-            elsewhere=elsewhere,
+            ranked_over=division.feature_ranks * (division.data_ranks if over_tokens else 1),
             dead=dead,
         )
-        self._at_once = activations.ranked_at_once(cfg, device=device, shards=shards, elsewhere=elsewhere) * self._map
-        self._written = activations.written(census.topology, cfg, tokens, shape.d_model)
-        prefixes = max(1, len(cfg.architecture.prefixes))
-        self._outputs = prefixes * FLOAT * tokens * shape.n_layers * shape.d_model
+        self.kept = activations.kept(cfg, self._work)
+        self._written = activations.written(topology, cfg, tokens, shape.d_model)
+        layer = FLOAT * tokens * shape.d_model
+        self._outputs = max(1, len(cfg.architecture.prefixes)) * shape.n_layers * layer
+        self._inputs = sum(map(len, topology.reads)) * layer
+        """By source, in one piece each."""
         one = Division("single") if division.strategy == "fsdp" else division
         self._whole = census.here(one)
         """Parameters as they are while a batch is worked on."""
@@ -181,45 +180,98 @@ class _Pass:
         """What fully_shard divides at the start, and gathers for the passes."""
         return sum(stored_bytes(p, self.cfg) for p in self._whole) if self.division.strategy == "fsdp" else 0
 
-    def _rounded(self) -> Real:
-        """Copies of parameters in the type of the products, which autograd keeps."""
-        precision, dense = self.cfg.optimizer.precision, self.kept.dense
-        numbers = {True: 0, False: 0}
-        for parameter in self._whole:
-            if parameter.matrix:
-                numbers[parameter.name == "W_enc"] += parameter.numel
-        if precision in ("bf16_autocast", "fp16"):
-            return _HALF * (numbers[True] + (numbers[False] if dense else 0))
-        # the product with few places is in float32
-        return FLOAT * numbers[False] if precision == "bf16" and not dense else 0.0
-
     def forward(self) -> Real:
-        """At the end, or while all sources are ranked."""
-        own = self.kept
-        while_evaluated = self.n_sources * own.forward + sum(self._written) + 3 * self._outputs
-        in_terms = self.n_sources * own.forward + own.forward_moment + 4 * self._outputs
+        """While the last source is encoded or all are, when all are added up, or in the terms of the loss."""
+        own, n_sources = self.kept, self._work.n_sources
+        before = 0 if own.together else n_sources - 1
+        encoding = before * own.encoded + sum(self._written[:before]) + own.encoding + self._rounded_encoders()
+        decoding = n_sources * own.encoded + sum(self._written) + max(map(self._wide, range(n_sources)))
+        # in one piece, with biases; by prefix or by layer at first
+        apart = bool(self.cfg.architecture.prefixes) or self.cfg.parallel.overlap
+        adding_up = n_sources * own.encoded + sum(self._written) + (2 + apart) * self._outputs
+        in_terms = n_sources * own.forward + own.forward_moment + 4 * self._outputs
         # torch keeps what has arrived beside what it is copied to, until the pass ends
-        return 2 * self.unsharded + self._rounded() + max(self.n_sources * self._at_once, while_evaluated, in_terms)
+        stays = 2 * self.unsharded + self._inputs + sum(self._rounded_decoders())
+        return stays + max(encoding, decoding, adding_up, in_terms)
 
     def backward(self) -> Real:
         """Source after source, the last one first."""
-        own, gathered = self.kept, self.unsharded
-        weighs = not self.cfg.active_kinds().isdisjoint(("tanh_sparsity", "l1"))
-        blocks = [stored_bytes(p, self.cfg) for p in self._whole if p.own_blocks and p.trained]
-        others = [stored_bytes(p, self.cfg) for p in self._whole if not p.own_blocks and p.trained]
-        by_source = len(blocks) == self.n_sources
-        worst = 0.0
-        for source in range(self.n_sources):
-            last = source == self.n_sources - 1
-            first_block = 0 if weighs else source
-            # the gradients of decoder norms are all there from the beginning
-            found = sum(blocks[first_block:]) if by_source else sum(blocks)
-            maps = own.backward * (source + 1) + own.backward_moment + (0 if last else sum(others))
-            # a source's gradient comes as a part of a stack that is zero elsewhere, or in the place of another one
-            again = max([*others, (2 if weighs else 1) * (blocks[source] if by_source else max(blocks, default=0))])
-            products = own.backward * source + self._map + sum(others) + again
-            worst = max(worst, sum(self._written[: source + 1]) + found + max(maps, products))
-        return gathered + self._rounded() + 3 * self._outputs + worst
+        own, kinds = self.kept, self.cfg.active_kinds()
+        revived = self._work.dead > 0 and "auxiliary" in kinds
+        # terms come first: what they send to decoders and encoders is all there from the beginning
+        decoders_first = revived or not kinds.isdisjoint(activations.WEIGHED)
+        encoders_first = not own.dense and (revived or "pre_activation" in kinds)
+        blocks, n_sources = self._blocks, self._work.n_sources
+        encoders = sum(stored_bytes(p, self.cfg) for p in self._whole if p.name == "W_enc" and p.trained)
+        others = [
+            stored_bytes(p, self.cfg) for p in self._whole if p.trained and not p.own_blocks and p.name != "W_enc"
+        ]
+        rounded = self._rounded_decoders()
+        # the error and its square, or what they send back
+        worst = n_sources * own.begun + own.backward_moment + 2 * self._outputs + sum(rounded)
+        for source in range(n_sources):
+            # sources that were encoded at once are decoded first
+            left, passed = (n_sources, 0) if own.together else (source + 1, n_sources - 1 - source)
+            found = sum(blocks[0 if decoders_first or not self._by_source else source :])
+            found += 0 if source == n_sources - 1 and not decoders_first else sum(others)
+            found += encoders if encoders_first else encoders * passed / n_sources
+            # the gradient of a source's decoders is put among zeros, and added to what is there already
+            block = blocks[source] if self._by_source else max(blocks, default=0)
+            already = block if decoders_first else 0
+            decoded = self._parted(source) + left * own.backward + own.backward_moment + already
+            decoded += self._sums(source) + self._wide(source) + sum(rounded[: source + 1])
+            again = max([*(2 * each for each in others), block + already, encoders / n_sources])
+            # several decoders of a source are passed before its nonlinearity
+            several = 0 if self._by_source else own.backward + own.dense * self._work.map
+            placed = (left - 1) * own.backward + several + sum(rounded[:source]) + again
+            worst = max(worst, found + max(decoded, placed))
+        # gradients of encoders, by source and then in one piece
+        worst = max(worst, sum(blocks) + sum(others) + 2 * encoders)
+        return self.unsharded + self._inputs + 2 * self._outputs + worst
+
+    def _parted(self, source: int) -> Real:
+        """The gradient of what a source has written, if it is copied from that of the sums."""
+        all_layers = len(self.census.topology.writes[source]) == self.census.topology.n_layers
+        whole = all_layers and not self.cfg.architecture.prefixes
+        return 0 if whole or self.kept.dense else self._written[source]
+
+    @property
+    def _blocks(self) -> list[int]:
+        """Gradients of decoders that are a source's own."""
+        return [stored_bytes(p, self.cfg) for p in self._whole if p.own_blocks and p.trained]
+
+    @property
+    def _by_source(self) -> bool:
+        return len(self._blocks) == self._work.n_sources
+
+    def _decoders(self, source: int) -> Real:
+        """Numbers in what is multiplied with a source's activations."""
+        if self._by_source:
+            return [p.numel for p in self._whole if p.own_blocks and p.trained][source]
+        return sum(p.numel for p in self._whole if p.matrix and p.name != "W_enc") / self._work.n_sources
+
+    def _rounded_decoders(self) -> list[Real]:
+        """Copies in the type of the products, by source: autograd keeps them where all places are worked on."""
+        rounds = self.kept.dense and self.cfg.optimizer.precision not in ("float32", "bf16")
+        return [rounds * _HALF * self._decoders(source) for source in range(self._work.n_sources)]
+
+    def _rounded_encoders(self) -> Real:
+        """Of one source, while its product is computed."""
+        if self.cfg.optimizer.precision in ("float32", "bf16"):
+            return 0
+        return _HALF * self._work.reads * self._work.n_features * self._work.d_model
+
+    def _wide(self, source: int) -> Real:
+        """A copy in float32 of decoders in bfloat16, or of their gradient: on a CPU few places are added up in it."""
+        copied = self.cfg.optimizer.precision == "bf16" and self._work.device == "cpu" and not self.kept.dense
+        return copied * FLOAT * self._decoders(source)
+
+    def _sums(self, source: int) -> Real:
+        """On a GPU sums over columns are made in parts: of 512 columns, and of features that are active often."""
+        if self._work.device == "cpu":
+            return 0
+        columns = self._written[source] / (FLOAT * self._work.tokens)
+        return FLOAT * self.kept.places * max(math.ceil(columns / 512), 2 * columns / 1024)
 
     def reduction(self) -> Real:
         """The copy of gradients that is sent."""

@@ -302,8 +302,10 @@ def require_memory(case: Case, cfgs: dict[str, TrainConfig]) -> None:
 
 
 def peak_memory(case: Case) -> int | None:
-    """Of tensors on a GPU in the last step; on a CPU a process of its own has to say."""
-    return torch.cuda.max_memory_allocated() if case.device.type == "cuda" else None
+    """Of tensors on a GPU in the last step, less the yardstick's; on a CPU a process of its own has to say."""
+    if case.device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated() - Yardstick.size(case.sizes, case.device, case.products)
 
 
 def peak_alone(case: Case, way: str) -> int:

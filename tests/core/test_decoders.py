@@ -179,3 +179,40 @@ def test_shared_features_write_the_same_for_every_model():
 def test_stretches_between_prefixes():
     assert spans_of((1, 3, 4), 4) == [slice(0, 1), slice(1, 3), slice(3, 4)]
     assert spans_of((), 4) == [slice(0, 4)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_parameters_taken_apart_give_the_same(row):
+    coder = small(row)
+    x = tokens_for(coder)
+    a = coder.encode(x)
+    molt = coder.architecture.topology == "molt"
+
+    def value():
+        written = sum(coder.decode_layer(s, a[:, s], x[:, s]).square().sum() for s in range(coder.n_sources))
+        return written + coder.decoder_norms().sum() + coder.decoder_norms("summed").square().sum()
+
+    parameters = list(coder.decoder.parameters())
+    outside = value()
+    expected = torch.autograd.grad(outside, parameters, retain_graph=True)
+    with coder.decoder.opened():
+        inside = value()
+    torch.testing.assert_close(inside, outside)
+    for one, other in zip(torch.autograd.grad(inside, parameters, retain_graph=True), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert molt or not any("Slice" in name or "Select" in name for name in functions(inside, coder.decoder))
+
+
+def functions(value: torch.Tensor, decoder: torch.nn.Module) -> set[str]:
+    """Names of the operations whose gradients go on to parameters of the decoder."""
+    own, found, waiting, seen = {id(p) for p in decoder.parameters()}, set(), [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for child, _ in node.next_functions:
+            if child is not None and id(getattr(child, "variable", None)) in own:
+                found.add(node.name())
+            waiting.append(child)
+    return found

@@ -14,6 +14,8 @@ number per pair and feature. All parameters are zero (scales one) until an initi
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -29,6 +31,11 @@ from circuitmill.errors import ShapeError
 ALL = slice(None)
 
 
+def part_of(rows: Tensor, span: slice) -> Tensor:
+    """Rows of a stretch. The whole is not sliced: the gradient of a slice is put among zeros."""
+    return rows if span == ALL else rows[span]
+
+
 class Decoder(nn.Module, ABC):
     """What the forms have in common."""
 
@@ -38,6 +45,28 @@ class Decoder(nn.Module, ABC):
     def __init__(self, topology: Topology, n_features: int, d_model: int) -> None:
         super().__init__()
         self.topology, self.n_features, self.d_model = topology, n_features, d_model
+        self._stacks: dict[str, Sequence[Tensor]] = {}
+        self._lengths: dict[int, Tensor] = {}
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside, parameters that list sources or targets are taken apart once, and gradients put together once.
+
+        By index each gradient would be put among zeros.
+        """
+        self._stacks = self._taken_apart()
+        try:
+            yield
+        finally:
+            self._stacks, self._lengths = {}, {}
+
+    def _taken_apart(self) -> dict[str, Sequence[Tensor]]:
+        """Parameters by name, as tensors along their first axis."""
+        return {}
+
+    def _row(self, name: str, index: int) -> Tensor:
+        stack = self._stacks.get(name)
+        return getattr(self, name)[index] if stack is None else stack[index]
 
     def written(
         self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
@@ -108,7 +137,7 @@ class Untied(Decoder):
 
     def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
         """Decoder vectors as they are."""
-        return self.W_dec[source][span]
+        return part_of(self.W_dec[source], span)
 
     def norms(self, source: int) -> Float[Tensor, " feature"]:
         """In one pass over the vectors."""
@@ -147,6 +176,7 @@ class SharedOverModels(Untied):
 class _Paired(Decoder):
     """A factor and an offset per pair and feature, if asked for."""
 
+    W_dec: nn.Parameter
     _FEATURE_AXES: ClassVar[dict[str, int]] = {"W_dec": 1, "pair_scale": 1, "pair_offset": 1}
 
     def __init__(self, topology: Topology, n_features: int, d_model: int, *, scale: bool, offset: bool) -> None:
@@ -155,8 +185,20 @@ class _Paired(Decoder):
         self.pair_scale: nn.Parameter | None = nn.Parameter(torch.ones(shape)) if scale else None
         self.pair_offset: nn.Parameter | None = nn.Parameter(torch.zeros(shape)) if offset else None
 
+    def _taken_apart(self) -> dict[str, Sequence[Tensor]]:
+        return {name: parameter.unbind(0) for name, parameter in self.named_parameters()}
+
+    def _length(self, index: int) -> Float[Tensor, " feature"]:
+        """Of the decoder vectors of one source or target; while they are taken apart, computed once."""
+        if not self._stacks:
+            return lengths(self.W_dec[index])
+        if index not in self._lengths:
+            self._lengths[index] = lengths(self._row("W_dec", index))
+        return self._lengths[index]
+
     def _adjusted(self, a: Operand, pair: int, span: slice) -> Operand:
-        scale, offset = (None if part is None else part[pair, span] for part in (self.pair_scale, self.pair_offset))
+        scale = None if self.pair_scale is None else part_of(self._row("pair_scale", pair), span)
+        offset = None if self.pair_offset is None else part_of(self._row("pair_offset", pair), span)
         return a.adjusted(scale, offset)
 
     def _scaled(self, source: int, block: Tensor, span: slice) -> Tensor:
@@ -193,7 +235,7 @@ class TargetTied(_Paired):
         pairs, targets = self.topology.pairs(source), self.topology.writes[source]
         return torch.stack(
             [
-                self._adjusted(a, pair, span).times(self.W_dec[target, span])
+                self._adjusted(a, pair, span).times(part_of(self._row("W_dec", target), span))
                 for pair, target in zip(pairs, targets, strict=True)
             ],
             dim=1,
@@ -208,7 +250,7 @@ class TargetTied(_Paired):
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """Length by target, offsets left out."""
-        norms = lengths(self.W_dec.flatten(0, 1)).view(self.W_dec.shape[:2])[list(self.topology.writes[source])].T
+        norms = torch.stack([self._length(target) for target in self.topology.writes[source]], dim=1)
         return self._scaled_norms(source, norms)
 
     @torch.no_grad()
@@ -229,7 +271,7 @@ class SourceTied(_Paired):
         self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
     ) -> Float[Tensor, "token target d_model"]:
         """One product if the targets have no factors of their own."""
-        weight, pairs = self.W_dec[source, span], self.topology.pairs(source)
+        weight, pairs = part_of(self._row("W_dec", source), span), self.topology.pairs(source)
         if self.pair_scale is None and self.pair_offset is None:
             return a.times(weight)[:, None].expand(-1, len(pairs), -1)
         return torch.stack([self._adjusted(a, pair, span).times(weight) for pair in pairs], dim=1)
@@ -241,7 +283,7 @@ class SourceTied(_Paired):
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """Length by target, offsets left out."""
-        norms = lengths(self.W_dec[source])[:, None]
+        norms = self._length(source)[:, None]
         return self._scaled_norms(source, norms.expand(-1, len(self.topology.writes[source])))
 
     @torch.no_grad()
@@ -278,14 +320,23 @@ class LowRank(Decoder):
         self.Q = nn.Parameter(torch.zeros(topology.n_sources, n_features, rank))
         self.P = nn.Parameter(torch.zeros(topology.n_pairs, rank, d_model))
 
+    def _taken_apart(self) -> dict[str, Sequence[Tensor]]:
+        return {"Q": self.Q.unbind(0), "P": self._by_source()}
+
+    def _by_source(self) -> Sequence[Float[Tensor, "pair rank d_model"]]:
+        return self.P.split([len(targets) for targets in self.topology.writes])
+
+    def _outer(self, source: int) -> Float[Tensor, "pair rank d_model"]:
+        return self._stacks["P"][source] if self._stacks else self._by_source()[source]
+
     def _wide(self, source: int) -> Float[Tensor, "rank column"]:
-        return rearrange(self.P[list(self.topology.pairs(source))], "pair rank d_model -> rank (pair d_model)")
+        return rearrange(self._outer(source), "pair rank d_model -> rank (pair d_model)")
 
     def written(
         self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
     ) -> Float[Tensor, "token target d_model"]:
         """Two thin products."""
-        wide = a.times(self.Q[source, span]) @ self._wide(source)
+        wide = a.times(part_of(self._row("Q", source), span)) @ self._wide(source)
         return rearrange(wide, "token (target d_model) -> token target d_model", d_model=self.d_model)
 
     def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
@@ -298,9 +349,8 @@ class LowRank(Decoder):
 
     def target_norms(self, source: int) -> Float[Tensor, "feature target"]:
         """||q P||^2 = q (P P^T) q^T, so that no decoder vector is made."""
-        gram = self.P[list(self.topology.pairs(source))] @ self.P[list(self.topology.pairs(source))].mT
-        q = self.Q[source]
-        return root(einsum(q, gram, q, "feature rank, pair rank column, feature column -> feature pair"))
+        outer, q = self._outer(source), self._row("Q", source)
+        return root(einsum(q, outer @ outer.mT, q, "feature rank, pair rank column, feature column -> feature pair"))
 
     @torch.no_grad()
     def divide_outputs(self, factor: Float[Tensor, "layer d_model"]) -> Decoder:

@@ -21,7 +21,7 @@ is the sum over processes; all others are the same everywhere.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -60,6 +60,8 @@ class Evaluation:
     """Running share of tokens on which each feature fires."""
     n_dead: int | None = None
     """Their number, those of other processes included; None if there are no others."""
+    known_norms: dict[str, Float[Tensor, "source feature"]] = field(default_factory=dict)
+    """What features write (`Transcoder.decoder_norms`), by kind, as far as it has been computed already."""
 
     @property
     def a(self) -> list[Operand]:
@@ -84,12 +86,16 @@ class Evaluation:
     @cached_property
     def norms(self) -> Float[Tensor, "source feature"]:
         """Concatenated decoder norms."""
-        return self.transcoder.decoder_norms()
+        return self._norms("concatenated")
 
     @cached_property
     def summed_norms(self) -> Float[Tensor, "source feature"]:
         """Sums of decoder norms over targets."""
-        return self.transcoder.decoder_norms("summed")
+        return self._norms("summed")
+
+    def _norms(self, kind: str) -> Float[Tensor, "source feature"]:
+        known = self.known_norms.get(kind)
+        return self.transcoder.decoder_norms(kind) if known is None else known
 
     def weights(self, term: TermConfig) -> Float[Tensor, "source feature"]:
         """What each feature writes, and zero for the features that a term is not about."""

@@ -1,5 +1,6 @@
 """A sparse mixture of linear transforms: features that write a function of what they read, not a vector."""
 
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,9 @@ class Mixture(Decoder):
         self.U = nn.Parameter(torch.zeros(topology.n_layers, total, d_model))
         self.V = nn.Parameter(torch.zeros(topology.n_layers, total, d_model))
 
+    def _taken_apart(self) -> dict[str, Sequence[Tensor]]:
+        return {"U": self.U.unbind(0), "V": self.V.unbind(0)}
+
     def written(
         self, source: int, a: Operand, x: Float[Tensor, "token d_model"] | None = None, span: slice = ALL
     ) -> Float[Tensor, "token target d_model"]:
@@ -54,7 +58,8 @@ class Mixture(Decoder):
         rows = slice(self._starts[first], self._starts[last])
         gates = a.dense().repeat_interleave(self._ranks[span], dim=1)
         # einsum(a, U, V, x, "token transform, transform rank e, transform rank d_model, token d_model -> token e")
-        return (((x @ self.V[source, rows].T) * gates) @ self.U[source, rows])[:, None]
+        v, u = (self._row(name, source)[rows] for name in ("V", "U"))
+        return (((x @ v.T) * gates) @ u)[:, None]
 
     def block(self, source: int, span: slice = ALL) -> Float[Tensor, "feature target d_model"]:
         """There is none.
@@ -73,7 +78,8 @@ class Mixture(Decoder):
         """||U V||_F^2 = trace((U^T U)(V V^T)), with products of the size of a rank only."""
         found, row = [], 0
         for count, rank in self.groups:
-            u, v = (side[source, row : row + count * rank].view(count, rank, self.d_model) for side in (self.U, self.V))
+            ends = slice(row, row + count * rank)
+            u, v = (self._row(name, source)[ends].view(count, rank, self.d_model) for name in ("U", "V"))
             found.append(root(((u @ u.mT) * (v @ v.mT)).sum(dim=(1, 2))))
             row += count * rank
         return torch.cat(found)[:, None]

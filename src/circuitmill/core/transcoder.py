@@ -235,7 +235,7 @@ class Transcoder(nn.Module):
                 where="decode",
                 fix="pass the MLP inputs x too",
             )
-        skipped = torch.stack([self.skip_layer(layer, x[:, layer]) for layer in range(self.n_layers)], dim=1)
+        skipped = einsum(x, self.W_skip, "token layer d_model, layer row d_model -> token layer row")
         return written + self.b_dec + skipped
 
     def skip_layer(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
@@ -263,12 +263,17 @@ class Transcoder(nn.Module):
         Raises:
             ConfigError: another kind.
         """
+        return torch.stack([self.decoder_norm(source, kind) for source in range(self.n_sources)])
+
+    def decoder_norm(self, source: int, kind: str = "concatenated") -> Float[Tensor, " feature"]:
+        """As `decoder_norms`, of one source.
+
+        Raises:
+            ConfigError: another kind.
+        """
         if kind not in ("concatenated", "summed"):
             raise ConfigError("concatenated or summed", found=repr(kind), where="norm", fix="name one of them")
-        sources = range(self.n_sources)
-        if kind == "summed":
-            return torch.stack([self.decoder.target_norms(source).sum(dim=1) for source in sources])
-        return torch.stack([self.decoder.norms(source) for source in sources])
+        return self.decoder.norms(source) if kind == "concatenated" else self.decoder.target_norms(source).sum(dim=1)
 
 
 class _Collected(torch.autograd.Function):

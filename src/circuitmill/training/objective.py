@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitmill.config.train import END_TO_END, TrainConfig
+from circuitmill.config.train import END_TO_END, TERMS, TrainConfig
 from circuitmill.core.encoding import Encoding, Source, encode, sources_of, together
 from circuitmill.core.losses import Evaluation, find_term, reconstruction
 from circuitmill.core.nonlinearity import Settings
@@ -27,6 +27,7 @@ from circuitmill.errors import ShapeError
 from circuitmill.kernels.sparse import WORTHWHILE, Sparse
 from circuitmill.training import schedules
 
+CPU = torch.device("cpu")
 Encode = Callable[[int, Float[Tensor, "token d_model"]], Operand]
 """From a source and its normalised inputs to activations, by the nonlinearity that trains."""
 
@@ -92,7 +93,7 @@ class Moment:
     """Dead features over all ranks; None if those here are all."""
 
 
-def settings_at(cfg: TrainConfig, tokens: int, parts: Parts, device: torch.device) -> Settings:
+def settings_at(cfg: TrainConfig, tokens: int, parts: Parts = WHOLE, device: torch.device = CPU) -> Settings:
     """The nonlinearity's settings after so many tokens."""
     own = cfg.nonlinearity
     most = {"auto": WORTHWHILE.get(device.type, 0.0), "dense": -1.0, "sparse": 1.0}[cfg.products]
@@ -140,8 +141,9 @@ def evaluate_batch(
     Raises:
         ShapeError: it is needed and missing.
     """
-    batch = evaluation(transcoder, x, y, cfg, moment, parts)
-    terms = _terms(batch, cfg, moment, whole)
+    with transcoder.decoder.opened():
+        batch = evaluation(transcoder, x, y, cfg, moment, parts)
+        terms = _terms(batch, cfg, moment, whole)
     coefficients = coefficients_at(cfg, moment.tokens)
     weighted = {
         name: coefficients[name] * term * _balance(name, term, batch, cfg, whole) for name, term in terms.items()
@@ -227,8 +229,12 @@ def evaluation(
     groups = [sources] if together(name, settings) else [[source] for source in sources]
     reconstruction = Reconstruction(transcoder, x, spans_of(cfg.architecture.prefixes, cfg.n_features), parts)
     encodings: list[Encoding] = []
+    norms: dict[str, list[Tensor]] = {kind: [] for kind in _norms_of(cfg)}
     for group in groups:
         for encoding in encode(group, name, settings):
+            # beside the source's product, so that both gradients of its decoder are made one after the other
+            for kind, found in norms.items():
+                found.append(transcoder.decoder_norm(len(encodings), kind))
             reconstruction.write(len(encodings), encoding.a)
             encodings.append(encoding)
     return Evaluation(
@@ -241,7 +247,14 @@ def evaluation(
         moment.dead,
         moment.density,
         n_dead=moment.n_dead,
+        known_norms={kind: torch.stack(found) for kind, found in norms.items()},
     )
+
+
+def _norms_of(cfg: TrainConfig) -> list[str]:
+    """Kinds of decoder norms that terms of the loss weigh features with."""
+    weighing = [term for name, term in cfg.active_terms().items() if "norm" in TERMS.get(term.term or name, ())]
+    return sorted({term.norm or "concatenated" for term in weighing})
 
 
 def _least(a: Operand) -> Float[Tensor, ""]:

@@ -5,7 +5,8 @@
 Trains some steps in processes of their own, on activations in memory, one thread a rank. Measured is the largest
 resident memory of a rank, less what it had before the training state was built, when libraries were imported, had made
 a small training, and the data were there. One JSON line per shape and strategy, of the rank that needed most: planned
-and measured bytes and their ratio, and bytes handed to collectives in all steps, planned and counted.
+and measured bytes and their ratio, what is planned for when more features fire than at the start, and bytes handed to
+collectives in all steps, planned and counted.
 
 The C library keeps freed memory of tensors below 32 MB for later. That is left out by having it give back everything
 (MALLOC_MMAP_THRESHOLD_); `--keep` leaves it in.
@@ -33,8 +34,9 @@ from circuitmill.core.codecs import StoredBatch, plain_batch
 from circuitmill.core.scaling import Scaling
 from circuitmill.training.batches import Batches
 from circuitmill.training.loop import train
-from circuitmill.training.parallel.census import Shape
+from circuitmill.training.parallel.census import Shape, count
 from circuitmill.training.parallel.layout import alone, arrange
+from circuitmill.training.parallel.memory import memory
 from circuitmill.training.parallel.plan import Situation, estimates
 from circuitmill.training.state import start
 
@@ -45,7 +47,10 @@ STEPS = 4
 
 
 def configured(case: str, strategy: str, **changes: Any) -> tuple[TrainConfig, Shape]:
-    """The demo's training at another size, without the auxiliary term: nothing dies in so few steps."""
+    """The demo's training at another size, without the auxiliary term: nothing dies in so few steps.
+
+    It hardly learns, so that as many features fire as at the start, and what is planned for these can be compared.
+    """
     layers, width, n_features = map(int, case.split("x"))
     options = Path(__file__).parents[1] / "config" / "train" / "default.yaml"
     cfg = decode(TrainConfig, yaml.safe_load(options.read_text()), "train")
@@ -58,6 +63,7 @@ def configured(case: str, strategy: str, **changes: Any) -> tuple[TrainConfig, S
         tokens=STEPS * batch,
         pool_tokens=batch,
         warmup_tokens=0,
+        lr=1e-7,
         loss=loss | {"tanh_sparsity": TermConfig(1.0, scale=1.0)},
         init=replace(cfg.init, l0=16.0),
         monitor=replace(cfg.monitor, log_tokens=STEPS * batch, heldout_tokens=0, behaviour_tokens=0),
@@ -151,9 +157,11 @@ def planned(cfg: TrainConfig, shape: Shape, n_ranks: int) -> dict[str, Any]:
     (one,) = [each for each in found if each.strategy == cfg.parallel.strategy]
     if one.memory is None:
         raise SystemExit(one.impossible)
-    need, sent = one.memory, one.payload
+    census, sent = count(cfg, shape, [n_ranks]), one.payload
+    need = memory(cfg, shape, census, one.division, device="cpu", dead=0.0, grows=False)
     return {
         "planned": need.peak,
+        "planned_later": one.memory.peak,
         "moment": need.moment,
         "moments": need.moments,
         "kept_share": round(need.share, 4),

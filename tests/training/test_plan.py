@@ -247,6 +247,27 @@ def test_more_ranks_need_no_more_each(n_features: int, batch: int, name: str, op
     assert totals == sorted(totals, reverse=True)
 
 
+@pytest.mark.parametrize("products", ["auto", "sparse", "dense"])
+def test_what_is_needed_when_more_features_fire(products: str):
+    """Without a k that bounds them: as few places at first, in auto all places later."""
+    options: dict[str, Any] = {"n_features": 1024, "batch_tokens": 256, "tokens": 256, "pool_tokens": 256}
+    cfg = tiny(products=products, init__l0=16.0, loss__l1=TermConfig(1.0), **options)
+    cfg = dataclasses.replace(cfg, nonlinearity=NonlinearityConfig("jumprelu", bandwidth=0.01))
+    census = count(cfg, SHAPE)
+
+    def at(*, grows: bool, device: str = "cpu") -> Memory:
+        return memory(cfg, SHAPE, census, Division("single"), device=device, dead=0.0, grows=grows)
+
+    start, most = at(grows=False), at(grows=True)
+    assert (start.dense, most.dense) == (products == "dense", products != "sparse")
+    assert start.share < 0.03 and (most.share > 0.12 or products == "dense")
+    assert most.peak > start.peak or products == "dense"
+    assert at(grows=True, device="cuda").dense == (products != "sparse")
+    few = dataclasses.replace(cfg, nonlinearity=NonlinearityConfig("topk", k=16.0), loss={"l1": TermConfig(1.0)})
+    planned = memory(few, SHAPE, count(few, SHAPE), Division("single"), device="cpu", dead=0.0)
+    assert planned.dense == (products == "dense") and planned.share == 16 / 1024
+
+
 class Live(TorchDispatchMode):
     """The most bytes that tensors made meanwhile had at a time; those that were there before do not count."""
 
@@ -345,7 +366,8 @@ def test_what_autograd_keeps(
         forward, live.most = live.most, 0
         result.loss.backward()
     shape = Shape(N_LAYERS, width)
-    found = memory(cfg, shape, count(cfg, shape), Division("single"), device="cpu", dead=float(dead.any()))
+    revived = float(dead.any())
+    found = memory(cfg, shape, count(cfg, shape), Division("single"), device="cpu", dead=revived, grows=False)
     base = found.weights + found.optimizer + found.batch
     assert found.dense == dense
     assert 0.9 < (found.moments["forward"] - base) / forward < 1.2

@@ -88,8 +88,8 @@ def _assumptions(plan: Plan) -> str:
     found = next((each.memory for each in plan.estimates if each.memory is not None), None)
     if found is None:
         return ""
-    sparse = f"{found.share:.1%} of the places are kept, as at the start"
-    how = "activations are dense" if found.dense else sparse
+    places = f"at most {found.share:.1%} of the places are kept"
+    how = "at some time activations are dense" if found.dense else places
     if "auxiliary" in plan.cfg.active_kinds():
         how += f"; {DEAD_SHARE:.0%} of the features are dead"
     device = plan.machine.device

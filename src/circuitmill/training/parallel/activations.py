@@ -84,6 +84,9 @@ WEIGHED = ("tanh_sparsity", "l1")
 """Terms that multiply activations by what features write."""
 _TERM_UNKNOWN = Amount(1, 1, 1, 1, 2.25)
 """Maps: a term that is somebody else's function is taken to keep one."""
+_GROWTH = 8
+"""Features that fire on a token, by those at the start. In the demo they are so many after the first 20,000 tokens,
+before the sparsity term has risen; later they are fewer."""
 _KTHVALUE = 3
 """On a CPU a choice among whole rows copies them, with the place of each number."""
 _CANDIDATES, _BLOCKS = 1.15, 4
@@ -110,6 +113,8 @@ class Work:
     """Ranks on which the parts of a row are of which the largest numbers are kept."""
     dead: float
     """Share of the features that are dead, which the auxiliary term looks at."""
+    share: float
+    """Of places that matter."""
 
     @property
     def map(self) -> int:
@@ -146,7 +151,7 @@ def kept(cfg: TrainConfig, work: Work) -> Kept:
         cfg: Nonlinearity, terms of the loss and precision.
         work: Of the rank.
     """
-    share, name = kept_share(cfg, work.d_model, work.reads), cfg.nonlinearity.name
+    share, name = work.share, cfg.nonlinearity.name
     dense = is_import_path(name) or share > _worthwhile(cfg, work.device)
     places = 0.0 if dense else share * work.tokens * work.n_features
     own = _all_places(cfg) * work.map if dense else _few_places(cfg, work, places)
@@ -270,6 +275,23 @@ def _while_ranked(cfg: TrainConfig, work: Work, own: Amount, dense: bool, share:
     found = work.map * (before + max(product, 1.75, 1 + maxima)) + sources * candidates * _CANDIDATE
     ranked = work.map * (sources if dense else 1) + sources * candidates * _RANKED
     return max(found, ranked, kept_)
+
+
+def shares(cfg: TrainConfig, device: str, start: float, *, grows: bool) -> list[float]:
+    """Shares of places that matter, one of which needs most.
+
+    Args:
+        cfg: Of the training.
+        device: cpu or cuda.
+        start: The share at the start.
+        grows: Whether more features may fire later. Without a k that bounds them they do.
+    """
+    if not grows or cfg.nonlinearity.name in TOP_K:
+        return [start]
+    fire = min(cfg.init.l0 / cfg.n_features, 0.5)
+    most = min(start + (_GROWTH - 1) * fire, 1.0)
+    # as many as few places may be, and more
+    return [start, most, *(share for share in [_worthwhile(cfg, device)] if start < share < most)]
 
 
 def kept_share(cfg: TrainConfig, d_model: int, reads: int) -> float:

@@ -93,6 +93,7 @@ def memory(
     *,
     device: str,
     dead: float,
+    grows: bool = True,
 ) -> Memory:
     """What the rank needs that has most.
 
@@ -103,7 +104,18 @@ def memory(
         division: How ranks share it.
         device: cpu or cuda.
         dead: Share of features that are taken to be dead, for the auxiliary term.
+        grows: Whether more features may fire than at the start, as they do early in a training without a k.
     """
+    reads = max(map(len, census.topology.reads))
+    shares = activations.shares(cfg, device, activations.kept_share(cfg, shape.d_model, reads), grows=grows)
+    found = [_memory(cfg, shape, census, division, device, dead, share) for share in shares]
+    return max(found, key=lambda each: each.peak)
+
+
+def _memory(
+    cfg: TrainConfig, shape: Shape, census: Census, division: Division, device: str, dead: float, share: float
+) -> Memory:
+    """With so many places kept."""
     here = census.here(division)
     weights = sum(stored_bytes(p, cfg) for p in here)
     gradients = sum(stored_bytes(p, cfg) for p in here if p.trained)
@@ -114,7 +126,7 @@ def memory(
     n_sources = census.topology.n_sources
     layer = FLOAT * shape.n_layers * shape.d_model
     batch = 4 * rows * layer + _COUNTERS * n_sources * n_features
-    pass_ = _Pass(cfg, shape, census, division, tokens, n_features, device, dead)
+    pass_ = _Pass(cfg, shape, census, division, tokens, n_features, device, dead, share)
     base = weights + optimizer + batch
     before = gradients if cfg.optimizer.micro_batches > 1 else 0
     bound = cfg.init.encoder_bias == "firing_rate" and not cfg.base
@@ -151,6 +163,7 @@ class _Pass:
         n_features: int,
         device: str,
         dead: float,
+        share: float,
     ) -> None:
         self.cfg, self.census, self.division = cfg, census, division
         topology = census.topology
@@ -164,6 +177,7 @@ class _Pass:
             device=device,
             ranked_over=division.feature_ranks * (division.data_ranks if over_tokens else 1),
             dead=dead,
+            share=share,
         )
         self.kept = activations.kept(cfg, self._work)
         self._written = activations.written(topology, cfg, tokens, shape.d_model)
@@ -195,39 +209,39 @@ class _Pass:
         return stays + max(encoding, decoding, adding_up, in_terms)
 
     def backward(self) -> Real:
-        """Source after source, the last one first."""
+        """Source after source, the last one first; then gradients of what all sources have are put together."""
         own, kinds = self.kept, self.cfg.active_kinds()
+        # what terms of the loss send to decoders and encoders is there from the beginning
         revived = self._work.dead > 0 and "auxiliary" in kinds
-        # terms come first: what they send to decoders and encoders is all there from the beginning
-        decoders_first = revived or not kinds.isdisjoint(activations.WEIGHED)
         encoders_first = not own.dense and (revived or "pre_activation" in kinds)
-        blocks, n_sources = self._blocks, self._work.n_sources
+        blocks, n_sources, rounded = self._blocks, self._work.n_sources, self._rounded_decoders()
         encoders = sum(stored_bytes(p, self.cfg) for p in self._whole if p.name == "W_enc" and p.trained)
         others = [
             stored_bytes(p, self.cfg) for p in self._whole if p.trained and not p.own_blocks and p.name != "W_enc"
         ]
-        rounded = self._rounded_decoders()
         # the error and its square, or what they send back
         worst = n_sources * own.begun + own.backward_moment + 2 * self._outputs + sum(rounded)
         for source in range(n_sources):
             # sources that were encoded at once are decoded first
             left, passed = (n_sources, 0) if own.together else (source + 1, n_sources - 1 - source)
-            found = sum(blocks[0 if decoders_first or not self._by_source else source :])
-            found += 0 if source == n_sources - 1 and not decoders_first else sum(others)
+            found = sum(blocks[0 if revived or not self._by_source else source :])
+            found += sum(others) * (1 if revived else (n_sources - source) / n_sources)
             found += encoders if encoders_first else encoders * passed / n_sources
-            # the gradient of a source's decoders is put among zeros, and added to what is there already
-            block = blocks[source] if self._by_source else max(blocks, default=0)
-            already = block if decoders_first else 0
-            decoded = self._parted(source) + left * own.backward + own.backward_moment + already
-            decoded += self._sums(source) + self._wide(source) + sum(rounded[: source + 1])
-            again = max([*(2 * each for each in others), block + already, encoders / n_sources])
+            block = blocks[source] if self._by_source else max([*blocks, max(others) / n_sources])
+            decoded = self._parted(source) + left * own.backward + own.backward_moment + self._sums(source)
+            decoded += self._wide(source) + sum(rounded[: source + 1]) + (block if revived else 0)
             # several decoders of a source are passed before its nonlinearity
             several = 0 if self._by_source else own.backward + own.dense * self._work.map
-            placed = (left - 1) * own.backward + several + sum(rounded[:source]) + again
-            worst = max(worst, found + max(decoded, placed))
-        # gradients of encoders, by source and then in one piece
-        worst = max(worst, sum(blocks) + sum(others) + 2 * encoders)
+            placed = (left - 1) * own.backward + several + sum(rounded[:source]) + self._again(block)
+            worst = max(worst, found + max(decoded, placed, left * own.backward + encoders / n_sources))
+        worst = max(worst, sum(blocks) + sum(others) + encoders + max(encoders, *others))
         return self.unsharded + self._inputs + 2 * self._outputs + worst
+
+    def _again(self, block: Real) -> Real:
+        """Gradients of a source's decoders besides their sum: of the product, and of the norms that terms look at."""
+        several = (*activations.WEIGHED, "auxiliary")
+        added = self.cfg.architecture.prefixes or not self.cfg.active_kinds().isdisjoint(several)
+        return (2 if added else 1) * block
 
     def _parted(self, source: int) -> Real:
         """The gradient of what a source has written, if it is copied from that of the sums."""

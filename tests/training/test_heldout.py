@@ -47,7 +47,7 @@ def activations(state, cfg):
     """Of the held-out batches, by the nonlinearity as it stands in the table."""
     row, settings = NONLINEARITIES[cfg.nonlinearity.name], Settings(k=cfg.nonlinearity.k)
     coder = state.transcoder
-    return [row.apply(coder.pre_activations(x), coder.log_threshold, settings).detach() for x, _ in pairs()]
+    return [row(coder.pre_activations(x), coder.log_threshold, settings).detach() for x, _ in pairs()]
 
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu", *TOP_K])

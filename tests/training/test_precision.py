@@ -126,7 +126,8 @@ def test_only_factors_have_fewer_bits(architecture, bits, l0):
     with precision.products(bits, torch.device("cpu")):
         found = evaluation(trained.transcoder, *pair, cfg, moment)
         result = evaluate_batch(trained.transcoder, *pair, cfg, moment)
-    assert {part.dtype for part in (*found.pre, *found.y_hats, result.loss, *result.terms.values())} == {torch.float32}
+        pre = found.pre
+    assert {part.dtype for part in (*pre, *found.y_hats, result.loss, *result.terms.values())} == {torch.float32}
     assert {a.dense().dtype for a in found.a} == {torch.float32}
     expected = evaluate_batch(exact.transcoder, *pair, cfg, moment)
     for name, term in result.terms.items():

@@ -27,7 +27,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("tokenize", ("toyworld",), shared=True),
     Stage("calibrate", ("toyworld", "tokenize"), shared=True),
     Stage("cache", ("toyworld", "tokenize", "calibrate"), unit="shard", shared=True, revision=2),
-    Stage("train", ("toyworld", "tokenize", "cache"), revision=4),
+    Stage("train", ("toyworld", "tokenize", "cache"), revision=5),
     Stage("evaluate", ("toyworld", "tokenize", "cache", "train"), revision=2),
     Stage("features", ("toyworld", "tokenize", "cache", "train"), unit="block"),
     Stage("interpret", ("features",), unit="block"),

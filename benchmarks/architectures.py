@@ -1,6 +1,6 @@
 """What every option file of `train` reaches on one cache in equal tokens: fit, sparsity, size and speed. JSON lines.
 
-    python benchmarks/architectures.py --run results/demo [--tokens 250000] [--options plt molt]
+    python -m benchmarks.architectures --run results/demo [--tokens 250000] [--options plt molt]
 
 Trains each by the stage itself, on one thread, and measures the finished transcoder, which has thresholds, on the
 cache's held-out tokens. `trained_ev` is of held-out tokens with the training's own nonlinearity. Options that need

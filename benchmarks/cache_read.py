@@ -1,6 +1,6 @@
 """How fast do shuffled batches come from the store? JSON lines; ratios taken in one run, disk cache warm.
 
-    python benchmarks/cache_read.py [--tokens 262144] [--layers 4] [--width 128] [--codec int8 entropy-4]
+    python -m benchmarks.cache_read [--tokens 262144] [--layers 4] [--width 128] [--codec int8 entropy-4]
 
 GB are those of the same numbers in bfloat16, per second of processor time over all threads, hence per core.
 

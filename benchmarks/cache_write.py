@@ -1,8 +1,8 @@
 """How much does writing the cache add to the model's forward pass? JSON lines, ratios taken in one run.
 
-    python benchmarks/cache_write.py --run results/demo [--codec int8] [--tokens 131072] [--rounds 7]
-    python benchmarks/cache_write.py --folder results/demo/toyworld/model
-    python benchmarks/cache_write.py --gpt2 [--device cuda]
+    python -m benchmarks.cache_write --run results/demo [--codec int8] [--tokens 131072] [--rounds 7]
+    python -m benchmarks.cache_write --folder results/demo/toyworld/model
+    python -m benchmarks.cache_write --gpt2 [--device cuda]
 
 With --run model and tokens are the run's own, with --folder the model is a saved one and tokens are random, with --gpt2
 the model has GPT-2's shape and random weights. A round goes over all tokens three times: "bare" runs the model alone,

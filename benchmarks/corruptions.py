@@ -1,6 +1,6 @@
 """Is damage to a cache ever read as data? JSON lines: how many of 200 seeded corruptions reading and `verify` noticed.
 
-    python benchmarks/corruptions.py [--count 200] [--tokens 20000]
+    python -m benchmarks.corruptions [--count 200] [--tokens 20000]
 
 Each corruption is made to a fresh copy of a cache of two shards: a flipped bit, a truncated file, a deleted file, two
 chunks of equal size exchanged inside a file, two files of one array exchanged, the data of the two shards exchanged.

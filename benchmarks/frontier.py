@@ -1,6 +1,6 @@
 """Features per token against explained variance: cross-layer and per-layer transcoders of one number of parameters.
 
-    python benchmarks/frontier.py --run results/demo [--tokens 400000] [--seeds 3] [--plot docs/images/frontier.svg]
+    python -m benchmarks.frontier --run results/demo [--tokens 400000] [--seeds 3] [--plot docs/images/frontier.svg]
 
 Trains every kind at several sparsities and seeds on the run's cache, by the stage itself, and measures the finished
 transcoders, which have thresholds, on the cache's held-out tokens. A CLT has 512 features per layer; a per-layer

@@ -1,6 +1,6 @@
 """How much memory does a rank need, against what `circuitmill plan` says?
 
-    python benchmarks/memory_plan.py [--shape 4x256x8192] [--strategy ddp]
+    python -m benchmarks.memory_plan [--shape 4x256x8192] [--strategy ddp]
 
 Trains some steps in processes of their own, on activations in memory, one thread a rank. Measured is the largest
 resident memory of a rank, less what it had before the training state was built, when libraries were imported, had made

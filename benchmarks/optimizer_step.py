@@ -1,6 +1,6 @@
 """How long one update takes, against a plain copy of as many bytes in the same run.
 
-    python benchmarks/optimizer_step.py [--rows 8192] [--targets 4] [--width 768] [--device cpu] [--threads 1]
+    python -m benchmarks.optimizer_step [--rows 8192] [--targets 4] [--width 768] [--device cpu] [--threads 1]
 
 One JSON line per way of updating a matrix [feature target d_model]: milliseconds of process time (of wall time on a
 GPU), bytes that the update must read and write for each number, bytes that moments take, the rate at which the former

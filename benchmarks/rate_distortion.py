@@ -1,6 +1,6 @@
 """How many bits a number takes, all metadata included, and what error it then has. JSON lines, and a plot.
 
-    python benchmarks/rate_distortion.py [--run results/demo] [--tokens 65536] [--plot docs/images/rate_distortion.svg]
+    python -m benchmarks.rate_distortion [--run results/demo] [--tokens 65536] [--plot docs/images/rate_distortion.svg]
 
 Activations are synthetic (benchmarks/store_data.py) and, with --run, those of the run's language model on its held-out
 tokens. Every store is written for real; bits are those of its files. `nmse` is the squared error relative to the mean

@@ -1,6 +1,6 @@
 """What thresholds cost a transcoder that was trained with TopK: one per layer, or one per feature. One JSON line each.
 
-    python benchmarks/thresholds.py --run results/demo [--tokens 250000] [--k 8]
+    python -m benchmarks.thresholds --run results/demo [--tokens 250000] [--k 8]
 
 Trains the TopK CLT of benchmarks/frontier.py on the run's cache, sets thresholds on the first 16,384 held-out tokens
 and measures the next 16,384: with TopK itself, with one threshold per layer that keeps L0, with one per feature that

@@ -2,7 +2,7 @@
 
 Trains one model per seed and prints one JSON line each: accuracies, exchange and ablation figures, seconds.
 
-    python benchmarks/toyworld.py --seeds 0 1 2 --out /somewhere toyworld.transformer.architecture=qwen2
+    python -m benchmarks.toyworld --seeds 0 1 2 --out /somewhere toyworld.transformer.architecture=qwen2
 
 Further arguments are overrides of the demo's configuration. `--keep` leaves the models under `--out`; a seed whose run
 was broken off continues there. The acceptance bars are not applied, so nothing is extended: they are printed beside the

@@ -1,6 +1,6 @@
 """How much faster are two ranks on twice the work than one rank on its half?
 
-    python benchmarks/weak_scaling.py [--rounds 7] [--batch-tokens 4096] [--kind jumprelu] [--way features]
+    python -m benchmarks.weak_scaling [--rounds 7] [--batch-tokens 4096] [--kind jumprelu] [--way features]
 
 Two processes of one thread each, on activations in memory, 6 layers x 4,096 features, d_model 256. What is compared:
 

@@ -28,7 +28,7 @@ class OptimizerConfig:
     moments: Literal["float32", "bf16"] = "float32"
     """adam and adamw: type of both moments of matrices; bfloat16 is rounded stochastically."""
     lazy: bool = False
-    """adam and adamw: leave a feature's weights alone while it has no gradient; they catch up when it gets one."""
+    """adam and adamw: leave a feature's decoders alone while they have no gradient; they catch up when they get one."""
     micro_batches: int = 1
     """Parts of a rank's batch that are worked on one after the other; divides it."""
 

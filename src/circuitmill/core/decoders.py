@@ -33,7 +33,7 @@ ALL = slice(None)
 
 def part_of(rows: Tensor, span: slice) -> Tensor:
     """Rows of a stretch. The whole is not sliced: the gradient of a slice is put among zeros."""
-    return rows if span == ALL else rows[span]
+    return rows if span.indices(len(rows)) == (0, len(rows), 1) else rows[span]
 
 
 class Decoder(nn.Module, ABC):

@@ -223,7 +223,7 @@ def _above_threshold(source: Source, name: str, settings: Settings) -> Encoding:
         if found is not None:
             return _few_places(source, found, name, settings)
     pre = source.dense()
-    if not fused:
+    if most >= 0 and not fused:
         kept = pre.detach() > floor
         if name == "jumprelu" and settings.band_stride > 1:
             kept &= (pre.detach() > threshold) | _seen(source.n_tokens, settings, kept.device)[:, None]
@@ -275,6 +275,8 @@ def _ranked(
         here = source.dense()
         found.append(_candidates(here.detach(), round(k), over_tokens=over_tokens))
         pre += [here] if keep else []
+        # one matrix at a time
+        del here
     return pre, _chosen(found, name, settings, round(k))
 
 

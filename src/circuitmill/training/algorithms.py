@@ -119,9 +119,13 @@ def _by_rows(
 
 
 def _axes(transcoder: Transcoder) -> dict[str, int | None]:
-    """Along which parameters list features."""
+    """Along which decoders list features.
+
+    Encoders are few beside them, and what fires depends on them: an encoder that waits while its bias goes on moving
+    let features of BatchTopK die (benchmarks/README.md, convergence.py).
+    """
     try:
-        return transcoder.feature_axes()
+        return {name: axis for name, axis in transcoder.feature_axes().items() if name.startswith("decoder.")}
     except ShapeError as error:
         raise ConfigError(
             "an architecture whose features each have rows of their own with lazy",

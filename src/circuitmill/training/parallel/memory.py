@@ -80,9 +80,14 @@ def optimizer_bytes(parameter: Parameter, cfg: TrainConfig) -> int:
 def _by_row(parameter: Parameter, cfg: TrainConfig) -> int:
     """Of what lazy updates keep: when a feature had a gradient last, and what it has missed since."""
     own = cfg.optimizer
-    if not own.lazy or not parameter.matrix or parameter.features_axis is None:
+    if not own.lazy or not _waits(parameter) or parameter.features_axis is None:
         return 0
     return (3 if own.weight_decay else 2) * FLOAT * math.prod(parameter.shape[: parameter.features_axis + 1])
+
+
+def _waits(parameter: Parameter) -> bool:
+    """Whether lazy updates leave rows of it alone."""
+    return parameter.matrix and parameter.name.startswith("decoder.")
 
 
 def memory(
@@ -324,7 +329,7 @@ def _update(here: tuple[Parameter, ...], cfg: TrainConfig) -> Real:
         needs.append(FLOAT * sum(p.numel for p in trained))
     if cfg.optimizer.lazy:
         # features that have caught up, for a checkpoint
-        needs.append(FLOAT * sum(p.numel for p in trained if p.matrix))
+        needs.append(FLOAT * sum(p.numel for p in trained if _waits(p)))
     if cfg.optimizer.name == "adam8bit":
         needs.append(5 * FLOAT * largest)
     if cfg.optimizer.name == "muon":

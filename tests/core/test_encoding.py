@@ -1,5 +1,7 @@
 """The few places that matter give what all places give: values, gradients and every term of the loss."""
 
+import dataclasses
+
 import pytest
 import torch
 from tests.core.test_transcoder import random_transcoder
@@ -7,10 +9,12 @@ from tests.training.helpers import tiny
 
 from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.train import TERMS, NonlinearityConfig, TermConfig
+from circuitmill.core import encoding
 from circuitmill.core.encoding import Encoding, encode, sources_of
 from circuitmill.core.losses import strongest
 from circuitmill.core.nonlinearity import NONLINEARITIES, Settings
 from circuitmill.core.parts import WHOLE
+from circuitmill.kernels import reference
 from circuitmill.kernels.sparse import Sparse
 from circuitmill.training import objective
 
@@ -131,6 +135,28 @@ def test_equal_numbers_are_kept_in_the_same_order(name):
     expected = NONLINEARITIES[name](pre, clt.log_threshold, Settings(k=k))
     found = torch.stack([one.a.dense() for one in encodings], dim=1)
     assert (found > 0).sum() == (expected > 0).sum()
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "relu"])
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("most", [1.0, 0.2])
+def test_a_kernel_that_finds_places_gives_the_same(pair, name, stride, most, monkeypatch):
+    """As on a GPU: places come from one operator, without a matrix, or there are too many."""
+    clt, settings = coder(), Settings(bandwidth=2.0, band_stride=stride, band_offset=stride - 1, most=1.0)
+    plain = encode(sources_of(clt, pair[0]), name, settings)
+    monkeypatch.setattr(encoding, "_has_kernel", lambda source: True)
+
+    def above(x, weight, bias, floor, limit):
+        return reference.above(x, weight, bias, floor, torch.full_like(x[:, 0], -torch.inf), limit)
+
+    monkeypatch.setattr(encoding.operators, "above", above)
+    fused = encode(sources_of(clt, pair[0]), name, dataclasses.replace(settings, most=most))
+    for one, other in zip(plain, fused, strict=True):
+        assert other.sparse == (most == 1.0)
+        torch.testing.assert_close(other.a.dense(), one.a.dense(), rtol=0, atol=1e-12)
+        if other.sparse:
+            assert other.pre.entries.feature.tolist() == one.pre.entries.feature.tolist()
+            assert other.pre.entries.offsets.tolist() == one.pre.entries.offsets.tolist()
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "relu"])

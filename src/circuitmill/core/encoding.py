@@ -77,14 +77,16 @@ class Source:
         """Pre-activations at these places."""
         pre = self.bias[entries.feature]
         for x, weight in zip(self.inputs, self.weights, strict=True):
-            pre = pre + operators.dots(x, entries, weight)
+            pre = pre + operators.dots(wide(x), entries, weight)
         return pre
 
     def summed(self) -> Float[Tensor, " feature"]:
         """Sum of the pre-activations over tokens. It is linear in the inputs, so their sum is all that is needed."""
         pre = self.bias * self.n_tokens
-        for x, weight in zip(self.inputs, self.weights, strict=True):
-            pre = pre + weight.to(x.dtype) @ x.sum(dim=0)
+        # a difference of large sums, which must not be rounded to fewer bits
+        with torch.autocast(self.bias.device.type, enabled=False):
+            for x, weight in zip(self.inputs, self.weights, strict=True):
+                pre = pre + wide(weight) @ wide(x).sum(dim=0)
         return pre
 
 
@@ -217,19 +219,28 @@ def _above_threshold(source: Source, name: str, settings: Settings) -> Encoding:
     threshold = source.log_threshold.detach().exp()
     floor = threshold - settings.bandwidth / 2 if name == "jumprelu" else torch.zeros_like(threshold)
     most = settings.most * source.n_tokens * source.n_features
-    fused = source.bias.is_cuda and len(source.inputs) == 1 and most > 0
+    fused = most > 0 and _has_kernel(source)
+    some = name == "jumprelu" and settings.band_stride > 1
     if fused:
         found = _above(source, floor, int(most))
+        if found is not None and some:
+            active = source.at(found).detach() > threshold[found.feature]
+            found = found.kept(active | _seen(source.n_tokens, settings, active.device)[found.token])
         if found is not None:
             return _few_places(source, found, name, settings)
     pre = source.dense()
     if most >= 0 and not fused:
         kept = pre.detach() > floor
-        if name == "jumprelu" and settings.band_stride > 1:
+        if some:
             kept &= (pre.detach() > threshold) | _seen(source.n_tokens, settings, kept.device)[:, None]
         if int(kept.count_nonzero()) <= most:
             return _few_places(source, places(kept), name, settings)
     return Encoding(source, Dense(pre), _activated(Dense(pre), source, name, settings))
+
+
+def _has_kernel(source: Source) -> bool:
+    """Whether the product and the comparison are one kernel: on a GPU, of one product."""
+    return source.bias.is_cuda and len(source.inputs) == 1
 
 
 def _above(source: Source, floor: Tensor, most: int) -> Entries | None:

@@ -139,3 +139,13 @@ def test_entries_from_places_without_any():
     entries = from_places(none, none, 3, 4)
     assert entries.offsets.tolist() == [0, 0, 0, 0] and len(entries.token) == 0
     assert not operators.decode(torch.zeros(0), entries, torch.ones(4, 2)).any()
+
+
+def test_the_same_input_gives_the_same_bits():
+    values, entries, weight, rows = drawn("usual", torch.float32)
+    values.requires_grad_()
+    weight.requires_grad_()
+    first, second = (
+        torch.autograd.grad(operators.decode(values, entries, weight), (values, weight), rows) for _ in range(2)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -271,9 +271,9 @@ def _while_ranked(cfg: TrainConfig, work: Work, own: Amount, dense: bool, share:
     maxima = (copies + (width > 1)) / width
     # positive ones, of which there are as many as negative ones at the start
     candidates = min(_CANDIDATES * of_row, 0.5) * all_places
-    before = sources - 1 if dense else min(sources - 1, 1)
+    before = sources - 1 if dense else 0
     found = work.map * (before + max(product, 1.75, 1 + maxima)) + sources * candidates * _CANDIDATE
-    ranked = work.map * (sources if dense else 1) + sources * candidates * _RANKED
+    ranked = work.map * (sources if dense else 0) + sources * candidates * _RANKED
     return max(found, ranked, kept_)
 
 

@@ -79,6 +79,27 @@ def test_torch_accepts_the_registration(operator):
     torch.library.opcheck(registered, (first.requires_grad_(), weight.requires_grad_(), *places_))
 
 
+@pytest.mark.parametrize("shape", [(7, 13, 5), (1, 9, 3), (6, 1, 2)])
+@pytest.mark.parametrize("level", [-9.0, 0.5, 9.0])
+def test_places_above_floors(shape, level):
+    tokens, features, width = shape
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (tokens, features))
+    bias, floor = (torch.randn(features, generator=generator, dtype=torch.float64) for _ in range(2))
+    row_floor = torch.randn(tokens, generator=generator, dtype=torch.float64).add(-1)
+    found = {}
+    for most in (tokens * features, 0):
+        given = (x, weight, bias, floor + level, row_floor, most)
+        ours, theirs = cpu.above(*given), reference.above(*given)
+        assert [each.tolist() for each in ours] == [each.tolist() for each in theirs]
+        torch.library.opcheck(torch.ops.circuitmill.above.default, given)
+        found[most] = ours
+    assert found[0][1].tolist() == found[tokens * features][1].tolist() and len(found[0][0]) == 0
+    feature, offsets = operators.above(x, weight, bias, floor, tokens * features)
+    entries = Entries(feature, offsets, features)
+    assert torch.stack([entries.token, feature]).tolist() == (x @ weight.T + bias > floor).nonzero().T.tolist()
+
+
 def test_weights_in_fewer_bits_are_summed_in_float32():
     values, entries, weight, rows = drawn("usual", torch.float32)
     small = weight.bfloat16().requires_grad_()

@@ -16,13 +16,13 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuitmill.config.names import is_import_path
 from circuitmill.config.train import OVER_SOURCES, OVER_TOKENS, TOP_K
 from circuitmill.core.nonlinearity import Settings, find_nonlinearity, jumprelu
 from circuitmill.core.operand import Dense, Operand
-from circuitmill.core.transcoder import Transcoder
+from circuitmill.core.transcoder import Transcoder, read
 from circuitmill.kernels import operators
 from circuitmill.kernels.entries import Entries, from_places, places
 from circuitmill.kernels.select import candidates
@@ -67,11 +67,7 @@ class Source:
         """Pre-activations of all features, or of some."""
         weights = self.weights if features is None else [weight[features] for weight in self.weights]
         bias = self.bias if features is None else self.bias[features]
-        # einsum(x, W_enc, "token d_model, feature d_model -> token feature") + b_enc, over the layers that are read
-        pre = nn.functional.linear(self.inputs[0], weights[0], bias)
-        for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
-            pre = pre + x @ weight.T
-        return wide(pre)
+        return wide(read(self.inputs, weights, bias))
 
     def at(self, entries: Entries) -> Float[Tensor, " entry"]:
         """Pre-activations at these places."""

@@ -124,11 +124,9 @@ class Transcoder(nn.Module):
         self, source: int, x: Float[Tensor, "token layer d_model"], features: slice = ALL
     ) -> Float[Tensor, "token feature"]:
         """As `pre_activations`, for one source's features or a block of them."""
-        first, *others = zip(self.topology.encoders(source), self.topology.reads[source], strict=True)
-        pre = nn.functional.linear(x[:, first[1]], self.W_enc[first[0], features], self.b_enc[source, features])
-        for row, layer in others:
-            pre = pre + x[:, layer] @ self.W_enc[row, features].T
-        return pre
+        inputs = [x[:, layer] for layer in self.topology.reads[source]]
+        weights = [self.W_enc[row, features] for row in self.topology.encoders(source)]
+        return read(inputs, weights, self.b_enc[source, features])
 
     def pre_activations_layer(
         self, layer: int, x: Float[Tensor, "token d_model"], features: slice = ALL
@@ -145,8 +143,7 @@ class Transcoder(nn.Module):
                 where=f"layer {layer}",
                 fix="use pre_activations_source with the activations of all layers",
             )
-        # einsum(x, W_enc[layer, features], "token d_model, feature d_model -> token feature") + b_enc[layer, features]
-        return nn.functional.linear(x, self.W_enc[layer, features], self.b_enc[layer, features])
+        return read([x], [self.W_enc[layer, features]], self.b_enc[layer, features])
 
     def encode(self, x: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token source feature"]:
         """Activations of all features: the pre-activation where it exceeds the threshold, else zero."""
@@ -274,6 +271,19 @@ class Transcoder(nn.Module):
         if kind not in ("concatenated", "summed"):
             raise ConfigError("concatenated or summed", found=repr(kind), where="norm", fix="name one of them")
         return self.decoder.norms(source) if kind == "concatenated" else self.decoder.target_norms(source).sum(dim=1)
+
+
+def read(
+    inputs: Sequence[Float[Tensor, "token d_model"]],
+    weights: Sequence[Float[Tensor, "feature d_model"]],
+    bias: Float[Tensor, " feature"],
+) -> Float[Tensor, "token feature"]:
+    """Pre-activations of some features from all layers that they read."""
+    # einsum(x, W_enc, "token d_model, feature d_model -> token feature") + b_enc, over the layers
+    pre = nn.functional.linear(inputs[0], weights[0], bias)
+    for x, weight in zip(inputs[1:], weights[1:], strict=True):
+        pre = pre + x @ weight.T
+    return pre
 
 
 class _Collected(torch.autograd.Function):

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuitmill.kernels.entries import places
+
 
 def _bags(
     values: Float[Tensor, " entry"], index: Int[Tensor, " entry"], offsets: Int[Tensor, " _"], table: Tensor
@@ -50,3 +52,19 @@ def segments(
 ) -> Float[Tensor, "feature column"]:
     """A bag per feature."""
     return _bags(values, token, offsets, rows).to(dtype)
+
+
+def above(
+    x: Float[Tensor, "token d_model"],
+    weight: Float[Tensor, "feature d_model"],
+    bias: Float[Tensor, " feature"],
+    floor: Float[Tensor, " feature"],
+    row_floor: Float[Tensor, " token"],
+    most: int,
+) -> tuple[Int[Tensor, " entry"], Int[Tensor, " _"]]:
+    """The matrix is made, and its few places are listed."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    pre = nn.functional.linear(x.to(dtype), weight.to(dtype)).to(bias.dtype) + bias
+    kept = (pre > floor) & (pre > row_floor[:, None])
+    offsets = torch.cat([bias.new_zeros(1, dtype=torch.int64), kept.sum(dim=1).cumsum(dim=0)])
+    return (places(kept).feature if int(offsets[-1]) <= most else offsets[:0].clone()), offsets

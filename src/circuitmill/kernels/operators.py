@@ -95,6 +95,26 @@ def _(rows: Tensor, weight: Tensor, feature: Tensor, offsets: Tensor, token: Ten
     return rows.new_empty(feature.shape[0])
 
 
+@torch.library.custom_op("circuitmill::above", mutates_args=(), device_types="cpu")
+def _above(
+    x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, row_floor: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    return cpu.above(x, weight, bias, floor, row_floor, most)
+
+
+@_above.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, row_floor: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    from circuitmill.kernels import encode
+
+    return encode.above(x, weight, bias, floor, row_floor, most)
+
+
+@_above.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, row_floor: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    number = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(number, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -173,7 +193,7 @@ def above(
     floor: Float[Tensor, " feature"],
     most: int,
 ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " _"]]:
-    """Places at which x weight^T + bias is above the feature's floor, without ever holding the matrix; on a GPU.
+    """Places at which x weight^T + bias is above the feature's floor; a GPU never holds the matrix.
 
     Args:
         x: Inputs; rounded to bfloat16 for the product where autocast says so.
@@ -186,10 +206,8 @@ def above(
         Their features in compressed rows, and offsets by token. If there are more than `most`, no features and the
         offsets that they would have.
     """
-    from circuitmill.kernels import encode
-
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     no_floor = bias.new_full((len(x),), -torch.inf)
-    return encode.above(x, weight, bias, floor, no_floor, most)
+    return _above(x, weight, bias, floor, no_floor, most)

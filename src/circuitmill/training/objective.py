@@ -96,7 +96,7 @@ class Moment:
 def settings_at(cfg: TrainConfig, tokens: int, parts: Parts = WHOLE, device: torch.device = CPU) -> Settings:
     """The nonlinearity's settings after so many tokens."""
     own = cfg.nonlinearity
-    most = {"auto": WORTHWHILE.get(device.type, 0.0), "dense": -1.0, "sparse": 1.0}[cfg.products]
+    most = {"auto": WORTHWHILE[device.type], "dense": -1.0, "sparse": 1.0}[cfg.products]
     return Settings(
         k=schedules.interpolate(tokens, start=own.k_start or own.k, final=own.k, over=own.k_ramp_share * cfg.tokens),
         bandwidth=own.bandwidth,

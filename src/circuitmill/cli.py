@@ -9,7 +9,6 @@ Only this module turns an error into an exit code: 2 for configuration, 75 for "
 
 import argparse
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from circuitmill import __version__, logs
+from circuitmill.commands import plan, slurm
+from circuitmill.commands.overrides import split_experiment
 from circuitmill.errors import CircuitmillError, ConfigError
 from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, Stage
 
@@ -130,7 +131,8 @@ def _add_tools(commands: Any) -> None:
         "ranked", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="what circuitmill would be called with"
     )
     launch.set_defaults(action=_launch)
-    _add_plan(commands)
+    plan.add(commands)
+    slurm.add(commands)
     export = commands.add_parser("export", help="write a finished transcoder in circuit-tracer's layout")
     export.add_argument("--train", type=Path, required=True, metavar="MANIFEST", help="manifest.json of stage train")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
@@ -150,47 +152,6 @@ def _add_tools(commands: Any) -> None:
     summary.set_defaults(action=_summary)
 
 
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser(
-        "plan", help="say what memory, network and disk a training needs, and how ranks had best share it"
-    )
-    plan.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="experiment=NAME train.n_features=32768")
-    plan.add_argument("--variant", default="", metavar="NAME", help="of the run (default: the first)")
-    where = plan.add_mutually_exclusive_group()
-    where.add_argument("--gpus", type=int, default=0, metavar="N", help="ranks, each with a GPU")
-    where.add_argument("--cpu", type=int, default=1, metavar="N", help="ranks without GPUs (default: 1)")
-    plan.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of a GPU, in 10^9 bytes (default: 80)"
-    )
-    plan.add_argument(
-        "--memory", type=float, metavar="GB", help="of the machine, which CPU ranks share (default: what this one has)"
-    )
-    plan.add_argument("--disk", type=float, default=0.0, metavar="GB", help="for the cache; decides about its codec")
-    plan.add_argument("--cache", type=Path, metavar="MANIFEST", help="manifest.json of a finished stage cache")
-    plan.add_argument(
-        "--shape", metavar="LAYERSxWIDTH", help="blocks and d_model of a language model that is not known"
-    )
-    plan.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    plan.set_defaults(action=_plan)
-
-
-def _split_experiment(overrides: Sequence[str]) -> tuple[str, list[str]]:
-    rest, experiment = [], None
-    for item in overrides:
-        if item.startswith("experiment="):
-            experiment = item.removeprefix("experiment=")
-        else:
-            rest.append(item)
-    if experiment is None:
-        raise ConfigError(
-            "either --config FILE or experiment=NAME",
-            found=" ".join(overrides) or "neither",
-            where="command line",
-            fix="name the frozen configuration or the experiment",
-        )
-    return experiment, rest
-
-
 def _stage_config(arguments: argparse.Namespace) -> Any:
     from circuitmill.config.compose import load_run, read_frozen
     from circuitmill.config.decode import decode
@@ -206,7 +167,7 @@ def _stage_config(arguments: argparse.Namespace) -> Any:
                 fix="leave one of them out",
             )
         return decode(config_class(name), read_frozen(arguments.config), name)
-    run = load_run(*_split_experiment(arguments.overrides))
+    run = load_run(*split_experiment(arguments.overrides))
     if name not in run.stages:
         raise ConfigError(
             f"a run that has stage {name}", found=run.name, where="experiment", fix="choose another experiment"
@@ -250,7 +211,7 @@ def _config(arguments: argparse.Namespace) -> None:
     from circuitmill.config.compose import freeze, load_run
     from circuitmill.config.describe import markdown
 
-    run = load_run(*_split_experiment(arguments.overrides))
+    run = load_run(*split_experiment(arguments.overrides))
     if arguments.keys:
         print(markdown(run))
         return
@@ -268,34 +229,6 @@ def _launch(arguments: argparse.Namespace) -> int:
     if ending.text:
         print(f"circuitmill launch: {ending.text}", file=sys.stderr)
     return ending.code
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from circuitmill.stages import train_plan, train_plan_text
-
-    plan = train_plan.make_plan(
-        *_split_experiment(arguments.overrides),
-        train_plan.machine(
-            gpus=arguments.gpus,
-            gpu_memory=arguments.gpu_memory,
-            cpus=arguments.cpu,
-            memory=arguments.memory,
-            disk=arguments.disk,
-        ),
-        variant=arguments.variant,
-        cache=arguments.cache,
-        shape=train_plan.parse_shape(arguments.shape) if arguments.shape else None,
-    )
-    if arguments.json:
-        print(json.dumps(train_plan_text.plain(plan)))
-    else:
-        from rich.console import Console
-
-        console = Console()
-        # not cut to what a terminal would have where there is none
-        console = console if console.is_terminal else Console(width=200)
-        console.print(train_plan_text.rendered(plan), soft_wrap=not console.is_terminal)
-    return 0 if plan.proposal.fits else 1
 
 
 def _export(arguments: argparse.Namespace) -> None:

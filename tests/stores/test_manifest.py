@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,7 +59,33 @@ def test_the_same_work_leaves_the_same_manifest_and_its_own_times(tmp_path: Path
     loaded = load_manifest(tmp_path / "b" / NAME)
     assert (loaded.wall_seconds, loaded.peak_memory_bytes) == (second.wall_seconds, second.peak_memory_bytes)
     raw = json.loads((tmp_path / "b" / TIMING).read_text())
-    assert raw == {"wall_seconds": second.wall_seconds, "peak_memory_bytes": second.peak_memory_bytes}
+    assert raw == {
+        "wall_seconds": second.wall_seconds,
+        "peak_memory_bytes": second.peak_memory_bytes,
+        "device": "cpu",
+        "ranks": 1,
+        "continued": False,
+    }
+
+
+def test_times_say_that_an_earlier_run_had_begun_and_on_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    StageOutput("tokenize", Config(), {}, tmp_path).ledger.put("file-0")
+    assert write(tmp_path).continued and load_manifest(tmp_path / NAME).continued
+    gpu = SimpleNamespace(is_initialized=lambda: True, get_device_name=lambda: "NVIDIA H200")
+    ranks = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 4)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu, distributed=ranks))
+    write(tmp_path)
+    found = load_manifest(tmp_path / NAME)
+    assert (found.device, found.ranks, found.continued) == ("NVIDIA H200", 4, False)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert (write(tmp_path).device, write(tmp_path).ranks) == ("cpu", 1)
+
+
+def test_times_of_an_earlier_version_do_not_say_on_what(tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / TIMING).write_text('{"wall_seconds": 2.5, "peak_memory_bytes": 7}')
+    found = load_manifest(tmp_path / NAME)
+    assert (found.wall_seconds, found.device, found.ranks, found.continued) == (2.5, "", 1, False)
 
 
 def test_times_are_written_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,8 +14,9 @@
 | digest | SHA-256 of the canonical JSON of all of the above |
 | code_version | of the package that wrote it; not part of the digest |
 
-Time and memory differ from one run of the same work to the next, so they stand in `timing.json` beside it: a folder
-that is made again from the same things gets the same manifest, byte for byte, and nothing that reads it reruns.
+Time, memory and the device that it took differ from one run of the same work to the next, so they stand in
+`timing.json` beside it: a folder that is made again from the same things gets the same manifest, byte for byte, and
+nothing that reads it reruns.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import json
 import logging
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -60,10 +62,16 @@ class Manifest:
     wall_seconds: float = 0.0
     """From timing.json, as the next; 0 without that file."""
     peak_memory_bytes: int = 0
+    device: str = ""
+    """Name of the GPU that was computed on, or cpu; empty if it was not noted."""
+    ranks: int = 1
+    """Processes that worked on it together."""
+    continued: bool = False
+    """Whether an earlier run had begun it, whose time is not in `wall_seconds`."""
 
     _IDENTITY = ("format_version", "stage", "unit", "revision", "config", "inputs", "sources", "counts", "files")
     _HISTORY = ("code_version",)
-    _TIMING = ("wall_seconds", "peak_memory_bytes")
+    _TIMING = ("wall_seconds", "peak_memory_bytes", "device", "ranks", "continued")
 
     @property
     def digest(self) -> str:
@@ -171,7 +179,9 @@ def read_manifest(path: Path, name: str = "that wrote it") -> tuple[Manifest, st
 
 
 def read_timing(folder: Path) -> dict[str, Any]:
-    """Time and memory that a stage took, from `timing.json`; empty if there is none.
+    """What a stage took and where it ran, from `timing.json`; empty if there is none.
+
+    Earlier versions noted time and memory alone.
 
     Raises:
         UpstreamError: the file is there but unreadable.
@@ -181,7 +191,13 @@ def read_timing(folder: Path) -> dict[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text(), parse_constant=_no_constant)
-        return {"wall_seconds": float(raw["wall_seconds"]), "peak_memory_bytes": int(raw["peak_memory_bytes"])}
+        return {
+            "wall_seconds": float(raw["wall_seconds"]),
+            "peak_memory_bytes": int(raw["peak_memory_bytes"]),
+            "device": str(raw.get("device", "")),
+            "ranks": int(raw.get("ranks", 1)),
+            "continued": bool(raw.get("continued", False)),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UpstreamError(
             "wall_seconds and peak_memory_bytes, two numbers",
@@ -274,6 +290,19 @@ def identity(cfg: object) -> dict:
     return {name: value for name, value in plain(cfg).items() if name in kept}
 
 
+def _computed_on() -> dict[str, Any]:
+    """Device and number of ranks of this process. Torch is asked where it is loaded: no GPU without it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {"device": "cpu", "ranks": 1}
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        # a GPU that was not used has no context
+        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
+        "ranks": torch.distributed.get_world_size() if together else 1,
+    }
+
+
 class StageOutput:
     """The folder a stage writes: continues, or clears, what is there and ends with the manifest.
 
@@ -352,6 +381,8 @@ class StageOutput:
             folder=self.folder,
             wall_seconds=round(time.monotonic() - self._start, 3),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            continued=self.ledger.continued,
+            **_computed_on(),
         )
         atomic_write(self.folder / TIMING, manifest.timing_json())
         atomic_write(self.folder / NAME, manifest.to_json())

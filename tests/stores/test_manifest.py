@@ -12,6 +12,7 @@ import pytest
 from circuitmill.errors import StoreError, UpstreamError
 from circuitmill.stores.files import sha256_file
 from circuitmill.stores.manifest import NAME, TIMING, StageOutput, load_manifest, load_upstreams
+from circuitmill.stores.verify import verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ def test_the_same_work_leaves_the_same_manifest_and_its_own_times(tmp_path: Path
     assert raw == {
         "wall_seconds": second.wall_seconds,
         "peak_memory_bytes": second.peak_memory_bytes,
+        "cpu_seconds": second.cpu_seconds,
         "device": "cpu",
         "ranks": 1,
         "continued": False,
@@ -86,6 +88,22 @@ def test_times_of_an_earlier_version_do_not_say_on_what(tmp_path: Path):
     (tmp_path / TIMING).write_text('{"wall_seconds": 2.5, "peak_memory_bytes": 7}')
     found = load_manifest(tmp_path / NAME)
     assert (found.wall_seconds, found.device, found.ranks, found.continued) == (2.5, "", 1, False)
+
+
+def test_volatile_files_are_named_but_no_digest_depends_on_them(tmp_path: Path):
+    made = []
+    for name, text in (("a", "12 s"), ("b", "13 s")):
+        output = StageOutput("tokenize", Config(), {}, tmp_path / name, volatile=("sub/times.txt",))
+        output.path("data.txt").write_text("data")
+        output.path("sub", "times.txt").write_text(text)
+        made.append(output.finish({"n": 3}))
+    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    found = load_manifest(tmp_path / "b" / NAME)
+    assert (found.volatile, list(found.files)) == (("sub/times.txt",), ["data.txt"]) and found.digest == made[0].digest
+    assert found.file("sub/times.txt").read_text() == "13 s"
+    assert verify(tmp_path).findings == ()
+    (tmp_path / "b" / "sub" / "times.txt").unlink()
+    load_manifest(tmp_path / "b" / NAME).verify()
 
 
 def test_times_are_written_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

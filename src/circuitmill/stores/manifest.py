@@ -12,11 +12,12 @@
 | counts | shapes, counts and headline figures |
 | files | path below the folder -> bytes, sha256 |
 | digest | SHA-256 of the canonical JSON of all of the above |
+| volatile | paths of files whose content differs from one making to the next, if any; not part of the digest |
 | code_version | of the package that wrote it; not part of the digest |
 
 Time, memory and the device that it took differ from one run of the same work to the next, so they stand in
-`timing.json` beside it: a folder that is made again from the same things gets the same manifest, byte for byte, and
-nothing that reads it reruns.
+`timing.json` beside it, and what is made of them in files that are named but not described: a folder that is made again
+from the same things gets the same manifest, byte for byte, and nothing that reads it reruns.
 """
 
 import dataclasses
@@ -24,7 +25,6 @@ import json
 import logging
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,10 +36,10 @@ from circuitmill.errors import StoreError, UpstreamError
 from circuitmill.pipeline import stage as stage_row
 from circuitmill.stores.files import atomic_write, digest_of, sha256_file
 from circuitmill.stores.ledger import Ledger
+from circuitmill.stores.timing import TIMING, computed_on, cpu_seconds, no_constant, read_timing
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-TIMING = "timing.json"
 
 _log = logging.getLogger(__name__)
 
@@ -57,11 +57,15 @@ class Manifest:
     files: dict[str, dict]
     folder: Path
     sources: dict[str, str] = field(default_factory=dict)
+    volatile: tuple[str, ...] = ()
+    """Paths below the folder of files that tell of time, memory or the machine; they may be missing."""
     code_version: str = __version__
     format_version: int = FORMAT_VERSION
     wall_seconds: float = 0.0
     """From timing.json, as the next; 0 without that file."""
     peak_memory_bytes: int = 0
+    cpu_seconds: float = 0.0
+    """Of the process that wrote it and those that it has waited for; 0 if it was not noted."""
     device: str = ""
     """Name of the GPU that was computed on, or cpu; empty if it was not noted."""
     ranks: int = 1
@@ -71,7 +75,7 @@ class Manifest:
 
     _IDENTITY = ("format_version", "stage", "unit", "revision", "config", "inputs", "sources", "counts", "files")
     _HISTORY = ("code_version",)
-    _TIMING = ("wall_seconds", "peak_memory_bytes", "device", "ranks", "continued")
+    _TIMING = ("wall_seconds", "peak_memory_bytes", "cpu_seconds", "device", "ranks", "continued")
 
     @property
     def digest(self) -> str:
@@ -84,7 +88,7 @@ class Manifest:
         Raises:
             StoreError: the manifest lists no such file.
         """
-        if relative not in self.files:
+        if relative not in self.files and relative not in self.volatile:
             raise StoreError(
                 f"a file {relative} of stage {self.stage}",
                 found=", ".join(sorted(self.files)[:8]) or "no files",
@@ -113,7 +117,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        body = {key: getattr(self, key) for key in self._IDENTITY + self._HISTORY}
+        body: dict[str, Any] = {key: getattr(self, key) for key in self._IDENTITY + self._HISTORY}
+        if self.volatile:
+            body["volatile"] = self.volatile
         return json.dumps({**body, "digest": self.digest}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def timing_json(self) -> str:
@@ -144,10 +150,6 @@ def _refuse(expected: str, found: object, path: Path, stage: str) -> UpstreamErr
     )
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} in a manifest")
-
-
 def read_manifest(path: Path, name: str = "that wrote it") -> tuple[Manifest, str | None]:
     """Read a manifest as it stands; whether it is the expected one, unedited and true is for the caller to check.
 
@@ -163,48 +165,20 @@ def read_manifest(path: Path, name: str = "that wrote it") -> tuple[Manifest, st
     if not path.is_file():
         raise _refuse(f"the manifest of stage {name}", "no such file", path, name)
     try:
-        raw = json.loads(path.read_text(), parse_constant=_no_constant)
+        raw = json.loads(path.read_text(), parse_constant=no_constant)
         version = raw["format_version"]
         if version != FORMAT_VERSION:
             raise _refuse(f"manifest format version {FORMAT_VERSION}", f"version {version}", path, name)
         known = {key: raw[key] for key in Manifest._IDENTITY + Manifest._HISTORY}
         # earlier versions wrote the times into the manifest itself
         times = {key: raw[key] for key in Manifest._TIMING if key in raw}
-        manifest = Manifest(folder=path.parent, **known, **times)
+        volatile = tuple(raw.get("volatile", ()))
+        manifest = Manifest(folder=path.parent, volatile=volatile, **known, **times)
         if not all({"bytes", "sha256"} <= entry.keys() for entry in manifest.files.values()):
             raise KeyError("bytes and sha256 of a file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _refuse("a complete manifest", f"{type(error).__name__}: {error}", path, name) from error
     return manifest, raw.get("digest")
-
-
-def read_timing(folder: Path) -> dict[str, Any]:
-    """What a stage took and where it ran, from `timing.json`; empty if there is none.
-
-    Earlier versions noted time and memory alone.
-
-    Raises:
-        UpstreamError: the file is there but unreadable.
-    """
-    path = folder / TIMING
-    if not path.is_file():
-        return {}
-    try:
-        raw = json.loads(path.read_text(), parse_constant=_no_constant)
-        return {
-            "wall_seconds": float(raw["wall_seconds"]),
-            "peak_memory_bytes": int(raw["peak_memory_bytes"]),
-            "device": str(raw.get("device", "")),
-            "ranks": int(raw.get("ranks", 1)),
-            "continued": bool(raw.get("continued", False)),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UpstreamError(
-            "wall_seconds and peak_memory_bytes, two numbers",
-            found=f"{type(error).__name__}: {error}",
-            where=path,
-            fix=f"delete {path}: nothing but these figures is lost",
-        ) from error
 
 
 def load_manifest(path: Path, stage: str | None = None, unit: str | None = None) -> Manifest:
@@ -290,19 +264,6 @@ def identity(cfg: object) -> dict:
     return {name: value for name, value in plain(cfg).items() if name in kept}
 
 
-def _computed_on() -> dict[str, Any]:
-    """Device and number of ranks of this process. Torch is asked where it is loaded: no GPU without it."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return {"device": "cpu", "ranks": 1}
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return {
-        # a GPU that was not used has no context
-        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
-        "ranks": torch.distributed.get_world_size() if together else 1,
-    }
-
-
 class StageOutput:
     """The folder a stage writes: continues, or clears, what is there and ends with the manifest.
 
@@ -313,6 +274,8 @@ class StageOutput:
         out: The folder. It belongs to this output alone, except for the names in `keep`.
         unit: Name of the unit, for one part of a stage that fans out.
         keep: Folders inside `out` with manifests of their own (the units of a gathering stage).
+        volatile: Paths inside `out` of files that tell of time, memory or the machine: written like the others, but no
+            digest depends on them.
         sources: Digests of data from outside the pipeline, by name.
     """
 
@@ -325,10 +288,11 @@ class StageOutput:
         *,
         unit: str | None = None,
         keep: tuple[str, ...] = (),
+        volatile: tuple[str, ...] = (),
         sources: dict[str, str] | None = None,
     ) -> None:
-        self._start = time.monotonic()
-        self.folder, self._keep = Path(out), keep
+        self._start, self._cpu = time.monotonic(), cpu_seconds()
+        self.folder, self._keep, self._volatile = Path(out), keep, volatile
         self._body = {
             "stage": stage,
             "unit": unit,
@@ -370,19 +334,23 @@ class StageOutput:
         Args:
             counts: Shapes, counts and headline figures, as plain data without NaN.
         """
+        found = {path.relative_to(self.folder).as_posix(): path for path in self._data_files()}
         files = {
-            path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in self._data_files()
+            name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for name, path in found.items()
+            if name not in self._volatile
         }
         manifest = Manifest(
             **self._body,
             counts=json.loads(json.dumps(counts, allow_nan=False)),
             files=files,
+            volatile=self._volatile,
             folder=self.folder,
             wall_seconds=round(time.monotonic() - self._start, 3),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            cpu_seconds=round(cpu_seconds() - self._cpu, 3),
             continued=self.ledger.continued,
-            **_computed_on(),
+            **computed_on(),
         )
         atomic_write(self.folder / TIMING, manifest.timing_json())
         atomic_write(self.folder / NAME, manifest.to_json())

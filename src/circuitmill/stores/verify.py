@@ -238,10 +238,10 @@ def _gathered(path: Path, gather: Manifest) -> dict[str, str]:
 def _leftovers(folder: Path, manifest: Manifest) -> Iterator[Finding]:
     """Files that no manifest lists; a folder that holds nothing else is named as a whole."""
     above = {"."}
-    for name in manifest.files:
+    for name in (*manifest.files, *manifest.volatile):
         while (name := os.path.dirname(name)) not in above and name:  # noqa: PTH120  # many files: text is faster
             above.add(name)
-    skip = {NAME, TIMING, *manifest.files}
+    skip = {NAME, TIMING, *manifest.files, *manifest.volatile}
     if manifest.unit is None:
         skip.add(stage_row(manifest.stage).unit or "")
     pending = [folder]

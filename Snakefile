@@ -11,10 +11,11 @@ from snakemake.utils import min_version
 min_version("9.19")
 
 
-container: "containers/circuitmill.sif"
-
-
 include: "workflow/rules/common.smk"
+include: "workflow/rules/where.smk"
+
+
+container: IMAGE
 
 
 # The first rule is what a bare `snakemake` makes.

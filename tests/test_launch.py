@@ -22,18 +22,6 @@ STEP = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Expands the one list of nodes that is used here."""
-    program = tmp_path / "scontrol"
-    program.write_text(
-        '#!/bin/sh\n[ "$*" = "show hostnames n[7-8]" ] || { echo "what?" >&2; exit 3; }\necho n7; echo n8\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return program
-
-
 @pytest.mark.parametrize(
     "env",
     [
@@ -65,6 +53,7 @@ def test_a_node_of_several():
         ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS"),
         ({"SLURM_STEP_NODELIST": None}, "SLURM_STEP_NODELIST"),
         ({"SLURM_STEP_NODELIST": "m1"}, "SLURM_STEP_NODELIST=m1"),
+        ({"SLURM_STEP_NODELIST": "m[1"}, "SLURM_STEP_NODELIST"),
         ({"SLURM_NNODES": "3", "SLURM_STEP_NUM_TASKS": "3"}, "SLURM_STEP_NODELIST=n[7-8]"),
         ({"SLURM_JOB_ID": None}, "SLURM_JOB_ID"),
     ],
@@ -74,13 +63,27 @@ def test_variables_that_do_not_fit_are_named(changes: dict[str, str | None], key
     with pytest.raises(ConfigError) as caught:
         place(env)
     assert caught.value.where == key
-    assert "srun" in caught.value.fix or "scontrol" in caught.value.expected
+    assert "srun" in caught.value.fix
 
 
-def test_no_scontrol(scontrol: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", str(scontrol.parent / "nothing"))
-    with pytest.raises(ConfigError, match="No such file or directory: 'scontrol'"):
-        place(STEP)
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("n7", ["n7"]),
+        ("n[7-8]", ["n7", "n8"]),
+        ("n[08-10,3],login-1", ["n08", "n09", "n10", "n3", "login-1"]),
+        ("rack[1-2]-gpu[001-002]", ["rack1-gpu001", "rack1-gpu002", "rack2-gpu001", "rack2-gpu002"]),
+        ("a.b[1],c", ["a.b1", "c"]),
+    ],
+)
+def test_lists_of_nodes(listed: str, expected: list[str]):
+    assert launch.hosts(listed) == expected
+
+
+@pytest.mark.parametrize("listed", ["", "n[7-8", "n[a-b]", "n 7", "n[7-8]]"])
+def test_what_is_no_list_of_nodes(listed: str):
+    with pytest.raises(ValueError, match="no list of nodes"):
+        launch.hosts(listed)
 
 
 def options(arguments: list[str]) -> dict[str, str]:
@@ -136,6 +139,29 @@ def test_a_job_s_resources_decide(resources: dict, ranks: int, step: str):
     assert srun(resources) == step
 
 
+def test_a_container_starts_behind_srun_on_every_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    resources = {"nodes": 2, "cpus_per_task": 3}
+    step = "srun -N 2 -n 2 --cpus-per-task=3"
+    assert srun(resources, "a b.sif", "--nv") == f"{step} apptainer exec --home {tmp_path} --nv 'a b.sif'"
+    assert srun(resources, "x.sif") == f"{step} apptainer exec --home {tmp_path} x.sif"
+    # on one node Snakemake starts it
+    assert srun({"nodes": 1}, "x.sif") == ""
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(8, "4"), (1, "1"), (None, "3")])
+def test_ranks_share_out_the_threads_of_a_node(
+    threads: int | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    from circuitmill import agent
+
+    seen = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(agent, "run", lambda *_, **__: seen.append(os.environ["OMP_NUM_THREADS"]) or Ending())
+    launch.launch(["train"], per_node=2, threads=threads, env={})
+    assert seen == [expected]
+
+
 @pytest.mark.parametrize(
     ("given", "where"), [([], "launch"), (["--per-node", "0", "train"], "--per-node"), (["--per-node", "2"], "launch")]
 )
@@ -149,14 +175,18 @@ def test_command_line_passes_everything_after_the_subcommand_on(
 ):
     calls = []
 
-    def take(command, per_node):
-        calls.append((command, per_node))
+    def take(command, per_node, threads):
+        calls.append((command, per_node, threads))
         return Ending(75, "rank 0 on here ended with exit code 75")
 
     monkeypatch.setattr(launch, "launch", take)
-    assert cli.main(["launch", "--per-node", "2", "train", "--per-node", "3", "--verbose", "--out", "x"]) == 75
+    assert (
+        cli.main(["launch", "--per-node", "2", "--threads", "8", "train", "--per-node", "3", "--verbose", "--out", "x"])
+        == 75
+    )
     assert cli.main(["launch", "train", "a=1"]) == 75
-    assert calls == [(["train", "--per-node", "3", "--verbose", "--out", "x"], 2), (["train", "a=1"], None)]
+    first = (["train", "--per-node", "3", "--verbose", "--out", "x"], 2, 8)
+    assert calls == [first, (["train", "a=1"], None, None)]
     assert capsys.readouterr().err.startswith("circuitmill launch: rank 0 on here ended with exit code 75\n")
 
 

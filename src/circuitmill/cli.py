@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuitmill import __version__, logs
-from circuitmill.commands import plan, slurm
+from circuitmill import __version__, gpus, logs
+from circuitmill.commands import plan, slurm, usage
 from circuitmill.commands.overrides import split_experiment
 from circuitmill.errors import CircuitmillError, ConfigError
 from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, Stage
@@ -89,7 +89,10 @@ def _add_stage(commands: Any, stage: Stage) -> None:
         )
     if stage.unit:
         command.add_argument(
-            f"--{stage.unit}", metavar="NAME", help=f"do one {stage.unit}; without it gather all that are done"
+            f"--{stage.unit}",
+            nargs="+",
+            metavar="NAME",
+            help=f"do one {stage.unit}, or several in turn; without it gather all that are done",
         )
     if stage.name == "train":
         command.add_argument(
@@ -111,7 +114,18 @@ def _add_stage(commands: Any, stage: Stage) -> None:
             metavar="MANIFEST",
             help="of all variants: train, evaluate, attribute and the shared stages in which they differ",
         )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that belongs to this stage")
+        command.add_argument(
+            "--benchmarks", type=Path, metavar="DIR", help="benchmark files of the run: what jobs used and asked for"
+        )
+    several = f", of each {stage.unit}" if stage.unit else ""
+    command.add_argument(
+        "--out",
+        type=Path,
+        nargs="+" if stage.unit else 1,
+        required=True,
+        metavar="DIR",
+        help=f"folder that belongs to this stage{several}",
+    )
 
 
 def _add_tools(commands: Any) -> None:
@@ -127,11 +141,13 @@ def _add_tools(commands: Any) -> None:
     launch.add_argument(
         "--per-node", type=int, metavar="N", help="ranks per node (default: one per GPU, or one where there is none)"
     )
+    launch.add_argument("--threads", type=int, metavar="N", help="of this node, which its ranks share out")
     launch.add_argument(
         "ranked", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="what circuitmill would be called with"
     )
     launch.set_defaults(action=_launch)
     plan.add(commands)
+    usage.add(commands)
     slurm.add(commands)
     export = commands.add_parser("export", help="write a finished transcoder in circuit-tracer's layout")
     export.add_argument("--train", type=Path, required=True, metavar="MANIFEST", help="manifest.json of stage train")
@@ -183,6 +199,9 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         inputs["base"] = arguments.base
     if stage.name == "report":
         inputs |= {"siblings": tuple(arguments.siblings), "study": tuple(arguments.study)}
+        inputs["benchmarks"] = arguments.benchmarks
+    units = _units(arguments, stage, cfg)
+    gpus.lease(f"{stage.name}_{stage.unit}" if units else f"run_{stage.name}")
     # torch comes in only here, so that --help and configuration errors answer at once
     from circuitmill import distributed
 
@@ -191,20 +210,51 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     try:
         with distributed.watched(ranks):
             module = importlib.import_module(f"circuitmill.stages.{stage.name}")
-            unit = getattr(arguments, stage.unit) if stage.unit else None
-            if unit is None:
-                module.run(cfg, **inputs, out=arguments.out)
+            if not units:
+                module.run(cfg, **inputs, out=arguments.out[0])
+            elif len(units) == 1:
+                module.run_unit(cfg, **{str(stage.unit): units[0]}, **inputs, out=arguments.out[0])
             else:
-                if unit not in cfg.units():
-                    raise ConfigError(
-                        f"one of the {len(cfg.units())} {stage.unit}s of this configuration",
-                        found=unit,
-                        where=f"--{stage.unit}",
-                        fix="known: " + (", ".join(cfg.units()[:8]) or "none"),
-                    )
-                module.run_unit(cfg, **{str(stage.unit): unit}, **inputs, out=arguments.out)
+                _run_units(module, stage, cfg, inputs, dict(zip(units, arguments.out, strict=True)))
     finally:
         distributed.shutdown()
+
+
+def _units(arguments: argparse.Namespace, stage: Stage, cfg: Any) -> list[str]:
+    """The units that are asked for; none if the stage is to be gathered."""
+    units = (getattr(arguments, stage.unit) or []) if stage.unit else []
+    for unit in units:
+        if unit not in cfg.units():
+            raise ConfigError(
+                f"one of the {len(cfg.units())} {stage.unit}s of this configuration",
+                found=unit,
+                where=f"--{stage.unit}",
+                fix="known: " + (", ".join(cfg.units()[:8]) or "none"),
+            )
+    if len(arguments.out) != max(1, len(units)):
+        raise ConfigError(
+            f"{max(1, len(units))} folder(s), one for each {stage.unit or 'stage'}",
+            found=len(arguments.out),
+            where="--out",
+            fix="name as many folders",
+        )
+    return units
+
+
+def _run_units(module: Any, stage: Stage, cfg: Any, inputs: dict[str, Any], folders: dict[str, Path]) -> None:
+    """Several units in turn; what is finished is not done again if the job ends before the last one is."""
+    from circuitmill.stores.aside import is_aside, put_back, set_aside
+    from circuitmill.stores.manifest import load_upstreams
+
+    upstreams = load_upstreams(**inputs)
+    for unit, folder in folders.items():
+        if is_aside(folder, stage.name, unit, cfg, upstreams):
+            _log.info("%s %s is finished already", stage.unit, unit)
+        else:
+            module.run_unit(cfg, **{str(stage.unit): unit}, **inputs, out=folder)
+            set_aside(folder)
+    for folder in folders.values():
+        put_back(folder)
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -225,7 +275,7 @@ def _config(arguments: argparse.Namespace) -> None:
 def _launch(arguments: argparse.Namespace) -> int:
     from circuitmill.launch import launch
 
-    ending = launch(arguments.ranked, per_node=arguments.per_node)
+    ending = launch(arguments.ranked, per_node=arguments.per_node, threads=arguments.threads)
     if ending.text:
         print(f"circuitmill launch: {ending.text}", file=sys.stderr)
     return ending.code

@@ -8,15 +8,18 @@ their exit codes are kept apart, so that "stopped after a checkpoint" (75) is on
 to say what they know of it. Nothing is ever started again here: that is the scheduler's part.
 """
 
+import itertools
 import logging
 import os
 import re
-import subprocess
+import shlex
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from circuitmill import gpus
 from circuitmill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,8 +71,7 @@ def place(env: Mapping[str, str]) -> Place:
     listed = next((k for k in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if k in env), None)
     if listed is None:
         raise _slurm_error("a list of nodes", "no variable", "SLURM_STEP_NODELIST", nodes)
-    hosts = _hosts(env[listed], listed, nodes)
-    return Place(nodes, node, hosts[0], 20000 + _number(env, "SLURM_JOB_ID") % 20000)
+    return Place(nodes, node, _hosts(env[listed], listed, nodes)[0], 20000 + _number(env, "SLURM_JOB_ID") % 20000)
 
 
 def _slurm_error(expected: str, found: object, where: str, nodes: int) -> ConfigError:
@@ -92,21 +94,38 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     return int(text)
 
 
+def hosts(listed: str) -> list[str]:
+    """The nodes of one of Slurm's lists, in its order: what `scontrol show hostnames` prints, also where it is not.
+
+    Raises:
+        ValueError: not such a list.
+
+    >>> hosts("n7,gpu[01-03,10]-a[1-2]")[:4]
+    ['n7', 'gpu01-a1', 'gpu01-a2', 'gpu02-a1']
+    """
+    if not re.fullmatch(r"(?:[\w.-]+|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]|,)+", listed):
+        raise ValueError(f"{listed!r} is no list of nodes")
+    found = []
+    for name in re.findall(r"(?:\[[^]]*\]|[^,[])+", listed):
+        parts = [_numbers(part[1:-1]) if part[0] == "[" else [part] for part in re.findall(r"\[[^]]*\]|[^[]+", name)]
+        found += ["".join(chosen) for chosen in itertools.product(*parts)]
+    return found
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Of 01-03,10: each with as many digits as the first of its range."""
+    pairs = [(first, last or first) for first, _, last in (one.partition("-") for one in ranges.split(","))]
+    return [str(number).zfill(len(low)) for low, high in pairs for number in range(int(low), int(high) + 1)]
+
+
 def _hosts(listed: str, key: str, nodes: int) -> list[str]:
-    command = ["scontrol", "show", "hostnames", listed]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(
-            "a list of nodes that scontrol expands",
-            found=f"{error}; {(getattr(error, 'stderr', '') or '').strip()}".strip("; "),
-            where=f"{key}={listed}",
-            fix="put Slurm's commands on PATH",
-        ) from error
-    hosts = done.stdout.split()
-    if len(hosts) != nodes:
-        raise _slurm_error(f"{nodes} nodes", f"{len(hosts)}: {' '.join(hosts)}", f"{key}={listed}", nodes)
-    return hosts
+        found = hosts(listed)
+    except ValueError as error:
+        raise _slurm_error("a list of nodes such as n[7-8]", listed, key, nodes) from error
+    if len(found) != nodes:
+        raise _slurm_error(f"{nodes} nodes", f"{len(found)}: {' '.join(found)}", f"{key}={listed}", nodes)
+    return found
 
 
 def ranks_per_node(resources: Mapping[str, Any]) -> int:
@@ -119,19 +138,27 @@ def ranks_per_node(resources: Mapping[str, Any]) -> int:
     return max(1, resources.get("gpu", 0) if found is None else int(found["number"] or 1))
 
 
-def srun(resources: Mapping[str, Any]) -> str:
+def srun(resources: Mapping[str, Any], image: str = "", arguments: str = "") -> str:
     """What comes before `launch` in a job: the start of a step on each of several nodes, or nothing.
 
-    Everything is said explicitly, because Snakemake takes Slurm's variables away from a job.
+    Everything is said explicitly, because Snakemake takes Slurm's variables away from a job. srun is not in the image,
+    so the container starts behind it, once on each node.
 
     Args:
         resources: Of the job, by Snakemake's names.
+        image: Container to run in; empty for none.
+        arguments: Of apptainer exec.
     """
     nodes, gres = resources.get("nodes", 1), resources.get("gres")
     if nodes == 1:
         return ""
     cpus = resources.get("cpus_per_task", 1)
-    return f"srun -N {nodes} -n {nodes} --cpus-per-task={cpus}" + (f" --gres={gres}" if gres else "")
+    step = f"srun -N {nodes} -n {nodes} --cpus-per-task={cpus}" + (f" --gres={gres}" if gres else "")
+    if not image:
+        return step
+    return " ".join(
+        filter(None, [step, "apptainer exec --home", shlex.quote(str(Path.cwd())), arguments, shlex.quote(image)])
+    )
 
 
 def torchrun_arguments(here: Place, per_node: int, command: Sequence[str], module: str = "circuitmill") -> list[str]:
@@ -152,6 +179,7 @@ def launch(
     command: Sequence[str],
     *,
     per_node: int | None = None,
+    threads: int | None = None,
     module: str = "circuitmill",
     env: Mapping[str, str] = os.environ,
     stop_s: float = STOP_S,
@@ -162,6 +190,7 @@ def launch(
     Args:
         command: The subcommand with its arguments.
         per_node: Ranks per node; one per GPU of this node, or one where there is none, if not given.
+        threads: Of this node, which its ranks share out; OMP_NUM_THREADS, or 1 each of several, if not given.
         module: What is run with the command, by every rank.
         env: The environment's variables, for Slurm's.
         stop_s: Seconds that ranks have to leave after a request to stop.
@@ -177,11 +206,14 @@ def launch(
     if per_node is not None and per_node < 1:
         raise ConfigError("at least 1 rank", found=per_node, where="--per-node", fix="correct the number")
     here = place(env)
+    gpus.lease(f"run_{command[0]}")
     from torch import cuda
 
     if per_node is None:
         per_node = max(1, cuda.device_count())
-    if per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads // per_node))
+    elif per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
         # torchrun's rule: threads of many ranks on one machine would get into each other's way
         os.environ["OMP_NUM_THREADS"] = "1"
         _log.info("OMP_NUM_THREADS=1 for each of %d ranks; set the variable for another number", per_node)

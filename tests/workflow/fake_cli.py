@@ -1,21 +1,31 @@
 """Stands in for circuitmill.cli in workflow tests: writes the declared outputs at once and notes the call.
 
-What comes before the stage, `launch --per-node N`, is left beside it.
+What comes before the stage, `launch --per-node N --threads N`, is left beside it.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 
+def values(arguments: list[str], flag: str) -> list[str]:
+    given = arguments[arguments.index(flag) + 1 :]
+    return given[: next((place for place, word in enumerate(given) if word.startswith("--")), None)]
+
+
 def main() -> int:
     arguments = sys.argv[1:]
-    out = Path(arguments[arguments.index("--out") + 1])
-    out.mkdir(parents=True, exist_ok=True)
-    if arguments[0] == "launch":
-        (out / "launch.json").write_text(json.dumps(arguments[:3]))
-        arguments = arguments[3:]
-    if "--prompt" in arguments:
-        (out / "graph.json").write_text("{}")
-    (out / "manifest.json").write_text(json.dumps(arguments))
+    for out in map(Path, values(arguments, "--out")):
+        out.mkdir(parents=True, exist_ok=True)
+        own = arguments
+        if own[0] == "launch":
+            at = own.index("train")
+            (out / "launch.json").write_text(json.dumps(own[:at]))
+            own = own[at:]
+        if "--prompt" in own:
+            (out / "graph.json").write_text("{}")
+        if gpus := os.environ.get("CIRCUITMILL_GPUS"):
+            (out / "gpus.json").write_text(json.dumps([gpus, os.environ["CIRCUITMILL_RULE_GPUS"]]))
+        (out / "manifest.json").write_text(json.dumps(own))
     return 0

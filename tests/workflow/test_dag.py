@@ -53,14 +53,14 @@ def test_every_stage_gets_its_upstream_manifests(finished_workflow: Workflow):
 def test_training_is_launched_with_a_process_per_gpu(finished_workflow: Workflow):
     """And on several nodes of a Slurm job by a step of its own; on how many is no reason to train again."""
     folder = finished_workflow.folder / "results/demo/main/train"
-    assert json.loads((folder / "launch.json").read_text()) == ["launch", "--per-node", "1"]
+    assert json.loads((folder / "launch.json").read_text()) == ["launch", "--per-node", "1", "--threads", "2"]
     again = ["-n", "-p", "--forcerun", "run_train", "--config", "run=demo", "--set-resources"]
     text = finished_workflow.snakemake("train", *again, "run_train:gpu=2", "--resources", "gpu=2")
-    assert re.search(r"command:\s+python -m circuitmill launch --per-node 2 train --config", text)
+    assert re.search(r"command:\s+python -m circuitmill launch --per-node 2 --threads 2 train --config", text)
     nodes = ["run_train:nodes=2", "run_train:gres=gpu:4", "run_train:cpus_per_task=8"]
     text = finished_workflow.snakemake("train", *again, *nodes)
     step = "srun -N 2 -n 2 --cpus-per-task=8 --gres=gpu:4 "
-    assert f"{step}python -m circuitmill launch --per-node 4 train --config" in text
+    assert f"{step}python -m circuitmill launch --per-node 4 --threads 2 train --config" in text
     assert finished_workflow.planned("all", "--set-resources", *nodes) == {}
 
 

@@ -26,6 +26,8 @@ def test_rule_is_documented_logged_and_measured(file: str, name: str, body: str)
     if name != "configure":
         assert "manifest=" in body and "revision=" in body and "config=frozen(" in body
         assert re.search(r"^    conda:", body, re.MULTILINE)
+        assert re.search(r"^    envmodules:\n        \*modules\(\),", body, re.MULTILINE)
+        assert f'threads: cpus("{name}"' in body and f'**asks("{name}", mem_mb=' in body
         assert re.search(r'shell:\n\s+"(\{params\.srun\} )?python -m circuitmill ', body)
 
 
@@ -49,9 +51,9 @@ def test_snakefile_is_a_table_of_contents():
     text = (REPOSITORY / "Snakefile").read_text()
     assert len(text.splitlines()) <= 80
     includes = re.findall(r'include: "workflow/rules/(\w+)\.smk"', text)
-    assert includes == ["common", "configure", *(stage.name for stage in STAGES)]
+    assert includes == ["common", "where", "configure", *(stage.name for stage in STAGES)]
 
 
 def test_train_always_goes_through_the_launcher():
     body = next(body for _, name, body in RULES if name == "run_train")
-    assert '"{params.srun} python -m circuitmill launch --per-node {params.ranks} train' in body
+    assert '"{params.srun} python -m circuitmill launch --per-node {params.ranks} --threads {threads} train' in body

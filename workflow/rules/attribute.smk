@@ -26,10 +26,11 @@ rule attribute_prompt:
         benchmark_file("attribute", unit=True)
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("attribute_prompt")
     resources:
-        mem_mb=4000,
-        runtime=60,
+        **asks("attribute_prompt", mem_mb=4000, runtime=60),
     params:
         revision=stage("attribute").revision,
         out=beside,
@@ -57,10 +58,11 @@ rule run_attribute:
         benchmark_file("attribute")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_attribute")
     resources:
-        mem_mb=3000,
-        runtime=30,
+        **asks("run_attribute", mem_mb=3000, runtime=30),
     params:
         revision=stage("attribute").revision,
         out=beside,

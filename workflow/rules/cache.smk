@@ -23,16 +23,36 @@ rule cache_shard:
         benchmark_file("cache", unit=True)
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("cache_shard")
     resources:
-        mem_mb=4000,
-        runtime=240,
+        **asks("cache_shard", mem_mb=4000, runtime=240),
     params:
         revision=stage("cache").revision,
+        shards=units_made,
         out=beside,
     shell:
-        "python -m circuitmill cache --shard {wildcards.shard} --config {input.config} --toyworld {input.toyworld}"
+        "python -m circuitmill cache --shard {params.shards} --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --calibrate {input.calibrate} --out {params.out} 2>&1 | tee {log} >&2"
+
+
+if SITE is not None and SITE.shards_per_job > 1:
+    ENDS, FULL = together("cache")
+
+    use rule cache_shard as cache_shards with:
+        output:
+            manifest=[first(unit_manifest("cache")).replace("{first}", f"{{first}}{end}") for end in ENDS],
+        log:
+            first(log_file("cache", unit=True)),
+        benchmark:
+            first(benchmark_file("cache", unit=True))
+        wildcard_constraints:
+            first=FULL,
+        resources:
+            **asks("cache_shard", mem_mb=4000, runtime=240, times=len(ENDS)),
+
+    ruleorder: cache_shards > cache_shard
 
 
 rule run_cache:
@@ -51,10 +71,11 @@ rule run_cache:
         benchmark_file("cache")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_cache")
     resources:
-        mem_mb=2000,
-        runtime=60,
+        **asks("run_cache", mem_mb=2000, runtime=60),
     params:
         revision=stage("cache").revision,
         out=beside,

@@ -20,10 +20,11 @@ rule run_calibrate:
         benchmark_file("calibrate")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_calibrate")
     resources:
-        mem_mb=4000,
-        runtime=60,
+        **asks("run_calibrate", mem_mb=4000, runtime=60),
     params:
         revision=stage("calibrate").revision,
         out=beside,

@@ -5,7 +5,6 @@ Where they differ, a stage's folder is below that of the first variant that uses
 """
 
 import shlex
-import sys
 from pathlib import Path
 
 from circuitmill.config.compose import freeze, load_run
@@ -13,10 +12,7 @@ from circuitmill.pipeline import OPTIONAL_UPSTREAM, STAGES, stage
 
 RUN = load_run(config.get("run", "demo"), shlex.split(config.get("set", "")))
 RESULTS = f"results/{RUN.name}"
-
-# A job finds the interpreter that snakemake runs on, also when its environment was not activated; in a container
-# that folder does not exist and the image's own interpreter comes next.
-shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
+IMAGE = "containers/circuitmill.sif"
 
 
 wildcard_constraints:
@@ -92,8 +88,8 @@ def benchmark_file(name, unit=False):
 
 
 def beside(wildcards, output):
-    """Params function: the folder of the manifest, which belongs to the job."""
-    return str(Path(output.manifest).parent)
+    """Params function: the folders of the manifests, which belong to the job."""
+    return [str(Path(path).parent) for path in output if path.endswith("manifest.json")]
 
 
 def targets(name):

@@ -22,10 +22,11 @@ rule run_evaluate:
         benchmark_file("evaluate")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_evaluate")
     resources:
-        mem_mb=4000,
-        runtime=120,
+        **asks("run_evaluate", mem_mb=4000, runtime=120),
     params:
         revision=stage("evaluate").revision,
         out=beside,

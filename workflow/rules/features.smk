@@ -23,10 +23,11 @@ rule features_block:
         benchmark_file("features", unit=True)
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("features_block")
     resources:
-        mem_mb=4000,
-        runtime=120,
+        **asks("features_block", mem_mb=4000, runtime=120),
     params:
         revision=stage("features").revision,
         out=beside,
@@ -53,10 +54,11 @@ rule run_features:
         benchmark_file("features")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_features")
     resources:
-        mem_mb=2000,
-        runtime=30,
+        **asks("run_features", mem_mb=2000, runtime=30),
     params:
         revision=stage("features").revision,
         out=beside,

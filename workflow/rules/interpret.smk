@@ -19,10 +19,11 @@ rule interpret_block:
         benchmark_file("interpret", unit=True)
     conda:
         "../../envs/interpret.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("interpret_block")
     resources:
-        mem_mb=3000,
-        runtime=240,
+        **asks("interpret_block", mem_mb=3000, runtime=240),
     params:
         revision=stage("interpret").revision,
         out=beside,
@@ -45,10 +46,11 @@ rule run_interpret:
         benchmark_file("interpret")
     conda:
         "../../envs/interpret.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_interpret")
     resources:
-        mem_mb=2000,
-        runtime=30,
+        **asks("run_interpret", mem_mb=2000, runtime=30),
     params:
         revision=stage("interpret").revision,
         out=beside,

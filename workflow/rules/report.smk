@@ -29,10 +29,11 @@ rule run_report:
         benchmark_file("report")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    envmodules:
+        *modules(),
+    threads: cpus("run_report")
     resources:
-        mem_mb=3000,
-        runtime=30,
+        **asks("run_report", mem_mb=3000, runtime=30),
     params:
         revision=stage("report").revision,
         out=beside,

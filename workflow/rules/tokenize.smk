@@ -18,10 +18,11 @@ rule run_tokenize:
         benchmark_file("tokenize")
     conda:
         "../../envs/core.yaml"
-    threads: 2
+    envmodules:
+        *modules(),
+    threads: cpus("run_tokenize", 2)
     resources:
-        mem_mb=4000,
-        runtime=240,
+        **asks("run_tokenize", mem_mb=4000, runtime=240, threads=2),
     params:
         revision=stage("tokenize").revision,
         out=beside,

@@ -17,10 +17,11 @@ rule run_toyworld:
         benchmark_file("toyworld")
     conda:
         "../../envs/core.yaml"
-    threads: 2
+    envmodules:
+        *modules(),
+    threads: cpus("run_toyworld", 2)
     resources:
-        mem_mb=3000,
-        runtime=60,
+        **asks("run_toyworld", mem_mb=3000, runtime=60, threads=2),
     params:
         revision=stage("toyworld").revision,
         out=beside,

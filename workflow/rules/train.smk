@@ -24,17 +24,19 @@ rule run_train:
         benchmark_file("train")
     conda:
         "../../envs/core.yaml"
-    threads: 2
+    container:
+        image("run_train")
+    envmodules:
+        *modules(),
+    threads: cpus("run_train", 2)
     resources:
-        gpu=0,
-        mem_mb=6000,
-        runtime=1440,
+        **asks("run_train", mem_mb=6000, runtime=1440, threads=2),
     params:
         revision=stage("train").revision,
         out=beside,
         ranks=lambda wildcards, resources: ranks_per_node(resources),
-        srun=lambda wildcards, resources: srun(resources),
+        srun=lambda wildcards, resources: srun(resources, *image_behind_srun("run_train")),
     shell:
-        "{params.srun} python -m circuitmill launch --per-node {params.ranks} train --config {input.config}"
-        " --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache} --base {input.base}"
-        " --out {params.out} 2>&1 | tee {log} >&2"
+        "{params.srun} python -m circuitmill launch --per-node {params.ranks} --threads {threads} train"
+        " --config {input.config} --toyworld {input.toyworld} --tokenize {input.tokenize} --cache {input.cache}"
+        " --base {input.base} --out {params.out} 2>&1 | tee {log} >&2"

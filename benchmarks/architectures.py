@@ -21,7 +21,7 @@ from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
 from circuitmill.stages import train
 from circuitmill.stores.transcoders import load_transcoder
-from circuitmill.training.monitor import read_metrics
+from circuitmill.stores.metrics import read_metrics
 
 LEFT_OUT = ("tiny", "gpt2", "sae", "crosscoder", "model_diff", "end_to_end", "adapter")
 

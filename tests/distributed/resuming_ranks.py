@@ -25,8 +25,8 @@ from circuitmill.distributed import Ranks
 from circuitmill.errors import InterruptedRun
 from circuitmill.stages import train as stage
 from circuitmill.stores.checkpoints import Checkpoints, Saved
+from circuitmill.stores.metrics import read_metrics
 from circuitmill.training.batches import Batches
-from circuitmill.training.monitor import read_metrics
 from circuitmill.training.parallel.layout import Layout
 from circuitmill.training.parallel.placement import Placement
 from circuitmill.training.state import TrainState

@@ -21,9 +21,9 @@ from circuitmill.stages import train as stage
 from circuitmill.stores.activations import ActivationStore
 from circuitmill.stores.clt import load_clt
 from circuitmill.stores.manifest import load_manifest, plain
+from circuitmill.stores.metrics import read_metrics
 from circuitmill.stores.tensors import read_tensors
 from circuitmill.training import loop
-from circuitmill.training.monitor import read_metrics
 
 STATE = "shard-00001-model-00001-of-00001.safetensors"
 """Of a checkpoint of one rank."""

@@ -17,9 +17,9 @@ from circuitmill.stages import train as stage
 from circuitmill.stages.train_data import TrainData
 from circuitmill.stores.activations import ActivationStore
 from circuitmill.stores.manifest import load_manifest
+from circuitmill.stores.metrics import read_metrics
 from circuitmill.stores.tensors import read_tensors
 from circuitmill.stores.transcoders import load_transcoder
-from circuitmill.training.monitor import read_metrics
 
 NEEDS_BASE = ("end_to_end", "adapter")
 OF_HOOKPOINTS = ("sae", "crosscoder", "model_diff")

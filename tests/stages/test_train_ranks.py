@@ -21,8 +21,8 @@ from circuitmill.config.train import TrainConfig
 from circuitmill.errors import ConfigError, InterruptedRun
 from circuitmill.stages import train as stage
 from circuitmill.stores.manifest import Manifest, load_manifest, plain
+from circuitmill.stores.metrics import read_metrics
 from circuitmill.stores.tensors import read_tensors
-from circuitmill.training.monitor import read_metrics
 
 pytestmark = pytest.mark.slow
 NET = 300

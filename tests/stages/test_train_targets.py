@@ -16,7 +16,7 @@ from circuitmill.errors import InterruptedRun, UpstreamError
 from circuitmill.stages import train as stage
 from circuitmill.stores.clt import load_clt
 from circuitmill.stores.manifest import load_manifest
-from circuitmill.training.monitor import read_metrics
+from circuitmill.stores.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from circuitmill.config.architecture import ArchitectureConfig
 from circuitmill.config.train import NonlinearityConfig, TermConfig
 from circuitmill.core.nonlinearity import NONLINEARITIES, Settings
 from circuitmill.core.transcoder import Transcoder
+from circuitmill.stores.metrics import read_metrics
 from circuitmill.training.heldout import HeldOut, between_models, finished, log10_histogram, relations, usage_entropy
-from circuitmill.training.monitor import MetricsFile, read_metrics
+from circuitmill.training.monitor import MetricsFile
 from circuitmill.training.state import make_state
 
 TOP_K = {name: NonlinearityConfig(name, k=2.0) for name in NONLINEARITIES if name not in ("relu", "jumprelu")}

@@ -4,8 +4,9 @@ import signal
 
 import pytest
 
+from circuitmill.stores.metrics import read_metrics
 from circuitmill.training.interrupt import StopRequest
-from circuitmill.training.monitor import MetricsFile, read_metrics
+from circuitmill.training.monitor import MetricsFile
 
 
 def test_rows_survive_and_later_ones_are_dropped_on_resume(tmp_path):
@@ -48,3 +49,19 @@ def test_signals_set_a_flag_and_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert stop and stop.received == number
     assert signal.getsignal(number) == before
+
+
+def test_what_was_measured_lies_apart_and_comes_back_with_its_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "ev": 0.5, "tokens_per_second": None}, {"step": 2, "ev": 0.6, "tokens_per_second": 8.0}]
+    file = MetricsFile(path, resume_step=0)
+    for row in rows:
+        file.log(row | {"peak_memory_bytes": 7})
+    file.close()
+    assert path.read_text() == '{"step": 1, "ev": 0.5}\n{"step": 2, "ev": 0.6}\n'
+    assert read_metrics(path) == [row | {"peak_memory_bytes": 7} for row in rows]
+    MetricsFile(path, resume_step=1).close()
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    assert (tmp_path / "throughput.jsonl").read_text().count("\n") == 1
+    (tmp_path / "throughput.jsonl").unlink()
+    assert read_metrics(path) == [{"step": 1, "ev": 0.5}]

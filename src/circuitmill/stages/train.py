@@ -5,6 +5,7 @@
 | model/ | the transcoder, scales folded in (stores/transcoders.py) |
 | circuit_tracer/ | the same as a cross-layer transcoder, if `model/` is another kind that can be traced |
 | metrics.jsonl | a row per `train.monitor.log_tokens`: of the batch at hand, and now and then of held-out tokens |
+| throughput.jsonl | speed and memory at the same steps; not part of what the training is (stores/metrics.py) |
 | checkpoints/ | newest states of the training, to continue from, and those of `checkpoint_l0` (stores/checkpoints.py) |
 | profile/ | a trace per rank, with `train.monitor.profile_steps` |
 | wandb/ | the same metrics for Weights & Biases, if asked for |
@@ -33,6 +34,7 @@ from circuitmill.stores.checkpoints import Checkpoints, Saved
 from circuitmill.stores.clt import save_clt
 from circuitmill.stores.files import digest_of
 from circuitmill.stores.manifest import Manifest, StageOutput, identity, load_manifest, load_upstreams, plain
+from circuitmill.stores.metrics import METRICS, THROUGHPUT, Row, read_metrics
 from circuitmill.stores.normalization import load_normalization
 from circuitmill.stores.transcoders import MODEL, TRACED, as_clt, is_plain_clt, load_transcoder, save_transcoder
 from circuitmill.training.batches import Batches
@@ -40,7 +42,7 @@ from circuitmill.training.finetune import state_from_base
 from circuitmill.training.heldout import HeldOut, moment_of
 from circuitmill.training.interrupt import StopRequest
 from circuitmill.training.loop import Ended, peak_memory, train
-from circuitmill.training.monitor import MetricsFile, Row, Sink, read_metrics
+from circuitmill.training.monitor import MetricsFile, Sink
 from circuitmill.training.parallel.census import Shape
 from circuitmill.training.parallel.choose import choose
 from circuitmill.training.parallel.cut import join
@@ -51,7 +53,6 @@ from circuitmill.training.sequences import SequenceBatches
 from circuitmill.training.state import TrainState, start
 from circuitmill.training.thresholds import WITH_THRESHOLDS, kept_thresholds
 
-METRICS = "metrics.jsonl"
 PROFILE = "profile"
 WANDB = "wandb"
 """Not in the manifest, as the profile: they name the machine and the time."""
@@ -91,7 +92,8 @@ def run(
     normalization = load_normalization(inputs["cache"].checked_file(NORMALIZATION))
     data = TrainData(inputs, normalization.scaling(cfg.scaling))
     layout, planned = _layout(cfg, data, ranks)
-    output = StageOutput("train", cfg, inputs, out, keep=(WANDB, PROFILE)) if ranks.first else None
+    own = {"keep": (WANDB, PROFILE), "volatile": (THROUGHPUT,)}
+    output = StageOutput("train", cfg, inputs, out, **own) if ranks.first else None
     layout.world.wait()  # until rank 0 has cleared what another configuration left
     before = peak_memory(distributed.device())
     state, ended = _train(cfg, data, out, layout)

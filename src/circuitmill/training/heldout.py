@@ -30,8 +30,8 @@ from circuitmill.core.metrics import ExplainedVariance, percentile_of_counts
 from circuitmill.core.scaling import Scaling, fold
 from circuitmill.core.summaries import PERCENTILES, density_histogram, number, numbers
 from circuitmill.core.transcoder import Transcoder
+from circuitmill.stores.metrics import Row
 from circuitmill.training.batches import Pair
-from circuitmill.training.monitor import Row
 from circuitmill.training.objective import Moment, evaluation
 from circuitmill.training.parallel.cut import join
 from circuitmill.training.parallel.layout import Layout, alone

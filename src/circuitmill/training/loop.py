@@ -25,10 +25,10 @@ from circuitmill import distributed
 from circuitmill.config.train import TrainConfig
 from circuitmill.core.metrics import ExplainedVariance
 from circuitmill.errors import InterruptedRun
+from circuitmill.stores.metrics import Row
 from circuitmill.training import precision, profile
 from circuitmill.training.batches import Batches, Pair
 from circuitmill.training.figures import Figures, figures_of, merge_explained_variance
-from circuitmill.training.monitor import Row
 from circuitmill.training.objective import BatchResult, Moment, coefficients_at, evaluate_batch
 from circuitmill.training.parallel import gradients
 from circuitmill.training.parallel.layout import Layout

@@ -1,18 +1,16 @@
-"""Where the numbers of a training go: a file with one JSON object per row.
+"""Where the numbers of a training go: files with one JSON object per row (stores/metrics.py).
 
-The file only grows. A training that resumes from a checkpoint first drops the rows that came after it, so
-that every step appears once, and the file of an interrupted training has the same steps as that of an
-unbroken one.
+They only grow. A training that resumes from a checkpoint first drops the rows that came after it, so that every step
+appears once, and metrics.jsonl of an interrupted training is that of an unbroken one.
 """
 
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-Row = dict[str, Any]
-"""Numbers, lists of one number per layer, and groups of these, by name."""
+from circuitmill.stores.metrics import THROUGHPUT, Row, parted, whole_rows
 
 
 @runtime_checkable
@@ -27,38 +25,28 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """Appends rows to a file; a number that is not finite becomes null."""
+    """Appends rows to two files, what was measured to the second; a number that is not finite becomes null."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        self.path = path
-        kept = [line for line, row in _rows(path) if row["step"] <= resume_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._files = []
+        for each in (path, path.with_name(THROUGHPUT)):
+            kept = [line for line, row in whole_rows(each) if row["step"] <= resume_step]
+            temporary = each.with_name(f".{each.name}.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(each)
+            self._files.append(each.open("a", encoding="utf-8"))
 
     def log(self, row: Row) -> None:
         """Append a row and hand it to the operating system."""
-        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-        self._file.flush()
+        for file, part in zip(self._files, parted(row), strict=True):
+            file.write(json.dumps(_finite(part), allow_nan=False) + "\n")
+            file.flush()
 
     def close(self) -> None:
         """Wait until the disk has it."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """All whole rows of a metrics file."""
-    return [row for _, row in _rows(path)]
-
-
-def _rows(path: Path) -> list[tuple[str, dict]]:
-    """Whole lines and what they say; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        for file in self._files:
+            os.fsync(file.fileno())
+            file.close()
 
 
 def _finite(value: object) -> object:

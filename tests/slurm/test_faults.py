@@ -1,0 +1,148 @@
+"""The whole workflow on a real Slurm, undisturbed and with what happens on clusters: every file is the same in the end.
+
+A fault is put in when the job it is for runs, never after a time. Trainings are held by SIGSTOP, which takes wall time
+and no processor's, so that their time limit comes.
+"""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.slurm.checkouts import RUN, SITE, Checkout, Snakemake, checkout, differences, environment, what_differs
+from tests.slurm.conftest import Slurm
+
+from circuitmill.stores.verify import verify
+
+pytestmark = pytest.mark.slow
+
+SHORT = SITE | {"warn_s": 1, "rules": {"run_train": {"mem_mb": 2000, "runtime": 1}}}
+"""Slurm looks at time limits every 30 s: it warns after half a minute and ends after one to one and a half."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """The run on this machine, without Slurm."""
+    made = checkout(tmp_path_factory.mktemp("local") / "c")
+    made.start("all", profile="").finish()
+    return made
+
+
+@pytest.fixture(scope="module")
+def through_slurm(undisturbed: Checkout, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    made = checkout(tmp_path_factory.mktemp("slurm") / "c")
+    made.start("all").finish()
+    return made
+
+
+def running(slurm: Slurm, made: Checkout, rule: str) -> list[str]:
+    """Ids of the Slurm jobs of a rule that run now."""
+    return [
+        job.id
+        for job in slurm.jobs(states="RUNNING")
+        if job.folder == str(made.folder) and job.comment.startswith(f"rule_{rule}")
+    ]
+
+
+def trainer(made: Checkout) -> int | None:
+    """The process that trains, once it has written metrics: its signal handlers are there."""
+    metrics = made.results / "main/train/metrics.jsonl"
+    if not metrics.is_file() or (made.results / "main/train/manifest.json").exists():
+        return None
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and (entry / "cwd").exists():
+            try:
+                command, folder = (entry / "cmdline").read_bytes().split(b"\0"), str((entry / "cwd").readlink())
+            except OSError:  # it has just ended
+                continue
+            if (
+                folder == str(made.folder)
+                and b"train" in command
+                and b"launch" not in command
+                and b"circuitmill" in command
+            ):
+                return int(entry.name)
+    return None
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has been sent a signal."""
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) & 1 << (number - 1) for mask in masks)
+
+
+def test_the_run_through_slurm_is_the_local_run(undisturbed: Checkout, through_slurm: Checkout):
+    assert differences(undisturbed, through_slurm) == [], what_differs(undisturbed, through_slurm)
+    assert not verify(through_slurm.results).problems
+    logs = {
+        path.relative_to(through_slurm.folder / ".snakemake/slurm_logs").parts[0] for path in slurm_logs(through_slurm)
+    }
+    assert {"rule_cache_shard", "rule_run_train", "rule_attribute_prompt"} <= logs
+
+
+def slurm_logs(made: Checkout) -> Iterator[Path]:
+    return (made.folder / ".snakemake/slurm_logs").rglob("*.log")
+
+
+def hold_until_warned(run: Snakemake, made: Checkout) -> None:
+    """Stop the training until Slurm has warned it, and let it leave with a checkpoint."""
+    pid = run.until(lambda: trainer(made), "training", poll=0.01)
+    os.kill(pid, signal.SIGSTOP)
+    run.until(lambda: pending(pid, signal.SIGUSR1), "warning of the time limit", seconds=100)
+    os.kill(pid, signal.SIGCONT)
+    run.until(lambda: not Path(f"/proc/{pid}").exists(), "end after the warning", seconds=60)
+
+
+def hold_until_ended(run: Snakemake, made: Checkout) -> None:
+    """Stop the training and leave it so until its time limit ends it."""
+    pid = run.until(lambda: trainer(made), "second training", poll=0.01)
+    os.kill(pid, signal.SIGSTOP)
+    run.until(lambda: not Path(f"/proc/{pid}").exists(), "end by the time limit", seconds=150)
+
+
+def test_cancelled_job_dead_node_time_limits_and_a_restarted_controller(
+    undisturbed: Checkout, slurm_alone: Slurm, tmp_path: Path
+):
+    slurm = slurm_alone
+    made = checkout(tmp_path / "c", SHORT, after=undisturbed)
+    run = made.start("all")
+    cancelled = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")[0]
+    slurm.run("scancel", cancelled)
+
+    hold_until_warned(run, made)
+    # the second training waits or runs while Slurm's controller is killed and started again
+    slurm.restart_controller()
+    hold_until_ended(run, made)
+
+    lost = run.until(lambda: running(slurm, made, "features_block"), "job of a block")[0]
+    node = slurm.job(lost).nodes
+    slurm.node_down(node)
+    run.until(lambda: slurm.job(lost).state != "RUNNING", "requeued job")
+    slurm.node_up(node)
+
+    said = run.finish()
+    assert differences(undisturbed, made) == [], what_differs(undisturbed, made)
+    assert not verify(made.results).problems
+    assert said.count("Error in rule run_train") == 2 and said.count("Error in rule cache_shard") == 1
+    assert "Error in rule features_block" not in said  # Slurm's own affair
+    log = (made.results / "logs/main/train.log").read_text()
+    assert re.search(r"continuing after step \d+ of 256", log)
+
+
+def test_a_killed_snakemake_and_resume(undisturbed: Checkout, slurm: Slurm, tmp_path: Path):
+    made = checkout(tmp_path / "c", after=undisturbed)
+    run = made.start("all")
+    orphans = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    assert set(orphans) & set(running(slurm, made, "cache_shard"))
+    command = ["circuitmill", "resume", f"results/{RUN}"]
+    done = subprocess.run(
+        command, cwd=made.folder, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert differences(undisturbed, made) == [], what_differs(undisturbed, made)
+    assert not verify(made.results).problems

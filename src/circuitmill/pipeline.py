@@ -35,6 +35,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         ("toyworld", "tokenize", "cache", "train", "evaluate", "features", "interpret", "attribute"),
+        revision=2,
     ),
 )
 

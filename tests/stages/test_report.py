@@ -12,7 +12,9 @@ from tests.viz.run_on_disk import stage_config, write_run
 from circuitmill import cli
 from circuitmill.errors import ConfigError, StoreError, UpstreamError
 from circuitmill.stages import report
-from circuitmill.stores.manifest import Manifest, load_manifest
+from circuitmill.stores.manifest import NAME, Manifest, load_manifest
+from circuitmill.stores.timing import TIMING
+from circuitmill.stores.verify import verify
 from circuitmill.viz.summary import headline
 from circuitmill.viz.summary import study as study_table
 
@@ -106,6 +108,87 @@ def test_same_inputs_give_the_same_bytes(
     paths, sparse = made
     again = report.run(CFG, **paths, siblings=(sparse,), out=tmp_path / "report")
     assert again.files == finished.files and again.digest == finished.digest
+
+
+def slower(upstreams: dict[str, Path]) -> None:
+    """Other times of the same work: all stages and units took an hour and 9 GB more."""
+    run = upstreams["tokenize"].parents[1]
+    for path in run.rglob(TIMING):
+        raw = json.loads(path.read_text())
+        raw["wall_seconds"] += 3600
+        raw["peak_memory_bytes"] += 9_000_000_000
+        path.write_text(json.dumps(raw | {"device": "NVIDIA H200"}))
+
+
+def write_benchmark(run: Path, place: str, seconds: float, **more: object) -> None:
+    """A benchmark file as Snakemake writes it with --benchmark-extended."""
+    resources = {"mem_mb": 4000, "runtime": 60, "tmpdir": "/tmp"}
+    row = {"s": seconds, "cpu_time": 2 * seconds, "max_rss": 1000.0, "threads": 2, "resources": resources} | more
+    path = run / "benchmarks" / f"{place}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row) + "\n")
+
+
+def test_times_and_benchmarks_change_no_digest(
+    finished: Manifest, made: tuple[dict[str, Path], Path], upstreams: dict[str, Path], tmp_path: Path
+) -> None:
+    slower(upstreams)
+    run = upstreams["tokenize"].parents[1]
+    for place in ("cache", "main/train", "main/features/block/0000"):
+        write_benchmark(run, place, 5000.0)
+    again = report.run(CFG, **upstreams, siblings=(made[1],), benchmarks=run / "benchmarks", out=run / "main/report")
+    first, second = finished.folder, again.folder
+    assert again.digest == finished.digest
+    assert (first / NAME).read_bytes() == (second / NAME).read_bytes()
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    other = {str(name) for name in files if (first / name).read_bytes() != (second / name).read_bytes()}
+    assert other == {TIMING, *again.volatile}
+    assert verify(second).findings == ()
+    took = [json.loads((folder / "usage.json").read_text()) for folder in (first, second)]
+    assert took[1]["wall_seconds"] > took[0]["wall_seconds"] + 3 * 3600
+    assert "9." in data(again, "usage")["rows"][0][5]["text"]
+    assert headline(second / NAME) != headline(first / NAME)
+
+
+def test_used_stands_beside_what_was_asked_for(upstreams: dict[str, Path]) -> None:
+    run = upstreams["tokenize"].parents[1]
+    for name in ("0000", "0001"):
+        write_benchmark(run, f"main/features/block/{name}", 90.0 if name == "0000" else 1800.0)
+    write_benchmark(run, "main/train", 60.0, max_rss="NA", cpu_time="NA", resources={"gpu": 4, "runtime": 60})
+    manifest = report.run(CFG, **upstreams, benchmarks=run / "benchmarks", out=run / "main/report")
+    said = data(manifest, "usage")
+    columns = {row[0]["text"]: dict(zip(said["heads"], row, strict=True)) for row in said["rows"]}
+    features = columns["features"]
+    # two blocks, and the gathering job, of which there is no benchmark file
+    assert features["Jobs"]["text"] == "3" and features["Wall time"]["text"].startswith("31 min 3")
+    assert features["Longest job"] == {"text": "30 min 0 s", "detail": "of 1 h", "share": 0.5}
+    assert features["Peak memory"]["detail"] == "of 4 GB"
+    assert columns["train"]["GPU hours"]["text"] == "0.0667"
+    assert columns["tokenize"]["Longest job"]["detail"] == ""
+    (missing,) = [note for note in said["notes"] if "no benchmark file" in note]
+    assert "toyworld, tokenize, cache and 4 other stages" in missing
+    assert said["predictions"][0][0] == "cache: codes and scales on disk"
+
+
+def test_without_benchmarks_and_times_the_page_says_so(upstreams: dict[str, Path]) -> None:
+    run = upstreams["tokenize"].parents[1]
+    for path in run.rglob(TIMING):
+        path.unlink()
+    manifest = report.run(CFG, **upstreams, out=run / "main/report")
+    said = data(manifest, "usage")
+    for row in said["rows"]:
+        assert [cell["text"] for cell in row[2:-1]] == ["–"] * 4
+    assert "There are no benchmark files of this run" in said["notes"][0]
+    assert "Nothing says what was used by toyworld, tokenize, cache and 5 other stages" in said["notes"][1]
+    (manifest.folder / TIMING).unlink()
+    assert "not noted" in headline(manifest.folder / NAME)
+
+
+def test_a_folder_of_benchmarks_that_is_not_there_stops_it(upstreams: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="benchmark files; found no such folder"):
+        report.run(CFG, **upstreams, benchmarks=tmp_path / "nowhere", out=tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def test_closing_text_has_figures_page_and_time(finished: Manifest) -> None:

@@ -22,6 +22,7 @@ from circuitmill.stores.tensors import write_tensors
 from circuitmill.stores.tokens import write_parquet
 
 N_BLOCKS = 2
+_CACHED = {"n_layers": synthetic.N_LAYERS, "d_model": 32, "tokens": {"train": 4096, "heldout": 1024}}
 Fill = Callable[[StageOutput], dict]
 
 
@@ -68,7 +69,7 @@ def write_run(
     stage("calibrate", stage_config("calibrate"), lambda output: {}, home="", upstream=before)
     cache = replace(stage_config("cache"), **({"codec": codec} if codec else {}))
     home = f"{codec}-0" if codec else ""
-    stage("cache", cache, lambda output: {}, home=home, upstream=(*before, "calibrate"))
+    stage("cache", cache, lambda output: _CACHED, home=home, upstream=(*before, "calibrate"))
     train = replace(stage_config("train"), seed=seed)
     stage("train", train, lambda output: _train(output, steps, seed), upstream=(*before, "cache"))
     upstream = (*before, "cache", "train")

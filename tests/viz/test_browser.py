@@ -124,7 +124,7 @@ def test_overview_draws_charts_and_links_graphs(driver, visit, site: Site) -> No
     visit("index.html", "document.querySelectorAll('.chart > svg .line').length > 10")
     assert [tile.text for tile in css(driver, "#headline [data-key=agreement] .value")] == ["95.8%"]
     assert [heading.text for heading in css(driver, "#training-charts h3")] == ["Fit", "Features", "Optimisation"]
-    assert len(css(driver, "#training-charts .chart")) == 17
+    assert len(css(driver, "#training-charts .chart")) == 14
     assert len(css(driver, "#evaluation-charts rect")) > 20
     assert len(css(driver, "#variant-charts circle")) == 6
     assert len(css(driver, "a.graph-row")) == len(site.content.entries)
@@ -132,6 +132,29 @@ def test_overview_draws_charts_and_links_graphs(driver, visit, site: Site) -> No
     assert [row.text.split()[0] for row in rows] == ["bf16", "int8", "int2"] and "✗" in rows[2].text
     css(driver, "a.graph-row")[0].click()
     wait(driver, "document.body.dataset.ready === 'two_hop-00'")
+
+
+def test_overview_says_what_jobs_used_of_what_they_asked_for(driver, visit) -> None:
+    visit("index.html", "document.querySelectorAll('#speed-charts .line').length == 3")
+    heads, cache, train, total = (row.text.split("\n") for row in css(driver, "#used tr"))
+    assert heads == ["Stage Jobs Wall time Longest job CPU time Peak memory GPU hours On disk"]
+    assert "700 MB of 4 GB" in " ".join(cache) and "2 h 0 min of 24 h" in " ".join(train)
+    assert total[0].startswith("Sum 5 2 h 0 min")
+    shares = [bar.get_attribute("style") for bar in css(driver, "#used .meter i")]
+    assert shares == ["width: 17.5%;", "width: 8.3%;", "width: 92.3%;"]
+    assert len(css(driver, "#used .meter.high")) == 1
+    assert "no benchmark file of cache (1 of 4 jobs)" in css(driver, "#usage .notes")[0].text
+    css(driver, "#suggestions summary")[0].click()
+    assert "run_train asks 1300 MB, used at most 1200 MB in 1 job: 2200 MB is safer" in css(driver, "#usage")[0].text
+
+
+def test_a_page_without_its_figures_of_time_says_so(driver, copied_site: Site) -> None:
+    (copied_site.report / "data" / "usage.js").unlink()
+    driver.get((copied_site.report / "index.html").as_uri())
+    wait(driver, "document.querySelector('#usage [role=alert]')")
+    assert css(driver, "#usage [role=alert]")[0].text == "data/usage.js is missing from the report folder"
+    assert len(css(driver, "#training-charts .chart")) == 14
+    driver.get_log("browser")
 
 
 def test_hovering_a_training_chart_shows_all_its_series_and_rare_ones_have_marks(driver, visit, site: Site) -> None:
@@ -323,11 +346,11 @@ def test_script_in_data_does_not_run(driver, visit) -> None:
     assert css(driver, "main img, main script") == []
 
 
-@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_pages_fit_their_window(driver, visit, width: int) -> None:
     driver.set_window_size(width, 900)
     try:
-        for page in ("index.html", "features.html", "feature.html#1/20"):
+        for page in ("index.html", "tables.html", "features.html", "feature.html#1/20"):
             visit(page, "document.querySelector('main').children.length > 2")
             wide, window = driver.execute_script(
                 "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"

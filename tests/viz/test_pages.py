@@ -60,7 +60,7 @@ def test_every_page_is_well_formed_and_refers_only_to_files_beside_it(site: Site
     for tag, attributes in document.tags:
         for key in ("src", "href"):
             target = attributes.get(key)
-            if target is None or tag == "a":
+            if target in (None, "data:,") or tag == "a":
                 continue
             assert "//" not in target
             assert (site.report / target).is_file(), f"{page} refers to {target}"
@@ -75,9 +75,39 @@ def test_nothing_in_the_folder_refers_to_a_host(site: Site) -> None:
 
 def test_overview_shows_headline_figures_and_tables(site: Site) -> None:
     text = overview(site).text
-    for piece in ("95.8%", "0.9938", "99.1%", "22 of 512", "37,800 held-out tokens", "3 of 3", "4 min 0 s", "1.2 GB"):
+    for piece in ("95.8%", "0.9938", "99.1%", "22 of 512", "37,800 held-out tokens", "3 of 3", "150 MB"):
         assert piece in text, piece
     assert "two hop city" in text and "96.0%" in text
+
+
+def test_time_and_memory_stand_in_two_files_alone(site: Site) -> None:
+    said = registered(site.report / "data" / "usage.js")
+    texts = [cell["text"] for row in said["rows"] for cell in row]
+    for piece in ("46.0 s", "2 h 30 min", "1.2 GB", "700 MB"):
+        assert piece in texts
+    assert [chart["title"] for group in said["charts"] for chart in group["charts"]] == [
+        "Tokens per second",
+        "Share of time spent waiting for data",
+        "Peak memory (GB)",
+    ]
+    other = "".join(
+        path.read_text()
+        for path in site.report.rglob("*")
+        if path.is_file() and path.relative_to(site.report).as_posix() not in pages.VOLATILE
+    )
+    for piece in ("46.0 s", "2 h 30 min", "1.2 GB", "Tokens per second"):
+        assert piece not in other, piece
+    assert json.loads((site.report / "usage.json").read_text())["wall_seconds"] == 7246.0
+
+
+def test_tables_need_no_other_file(site: Site) -> None:
+    document = Document((site.report / "tables.html").read_text())
+    assert not [tag for tag, _ in document.tags if tag in ("script", "img", "a")]
+    for piece in ("95.8%", "0.9938", "two hop city", "Fit and sparsity per layer", "The capital of", "✓ Texas"):
+        assert piece in document.text, piece
+    assert synthetic.NASTY in document.text
+    # the one sheet, so that it looks like the page
+    assert (site.report / "static" / "style.css").read_text() in (site.report / "tables.html").read_text()
 
 
 def test_overview_links_every_graph_and_the_other_variant(site: Site) -> None:
@@ -196,9 +226,9 @@ def test_features_in_graphs_keep_their_pages_beyond_the_limit() -> None:
     assert feature_view.choose_pages(n_active, [(0, 1), (0, 2)], most=1) == {(0, 1), (0, 2)}
 
 
-def drawn(rows: list[dict]) -> dict[str, dict]:
+def drawn(rows: list[dict], groups: dict = curves.GROUPS) -> dict[str, dict]:
     """The training charts by title."""
-    return {chart["title"]: chart for group in curves.training_charts(rows) for chart in group["charts"]}
+    return {chart["title"]: chart for group in curves.training_charts(rows, groups) for chart in group["charts"]}
 
 
 def names_of(chart: dict) -> list[str]:
@@ -242,7 +272,7 @@ def test_percentiles_are_averaged_over_layers_and_memory_is_in_gigabytes() -> No
         {"tokens": 7, "heldout_l0": [1.0, 4.0], "heldout_l0_percentiles": {"p5": [0, 1], "p50": [1, None]}},
         {"tokens": 9, "peak_memory_bytes": 2_500_000_000},
     ]
-    charts = drawn(rows)
+    charts = drawn(rows, curves.GROUPS | curves.SPEED)
     l0 = charts["L0 on held-out tokens, averaged over layers"]
     assert {one["name"]: one["values"] for one in l0["series"]} == {
         "mean": [2.5],

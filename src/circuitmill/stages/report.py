@@ -3,11 +3,13 @@
 | written | what |
 |---|---|
 | index.html, graph.html, features.html, feature.html | overview, graph viewer, search, one feature |
+| tables.html | the overview's figures and the list of graphs, in one file that needs no other |
 | static/ | scripts and styles |
 | data/ | figures, graphs and features as scripts that register themselves |
 | plots/ | the plots that evaluate drew |
 | summary.json | headline figures, as `circuitmill summary` prints them |
 | study.json | what a difference in a shared stage does; only if variants differ in one |
+| usage.json, data/usage.js | what the stages before took: not in the manifest's digest |
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,10 +19,12 @@ from typing import Any
 
 from circuitmill.config.report import ReportConfig
 from circuitmill.logs import progress
+from circuitmill.stages.run_usage import usage_of
 from circuitmill.stores.explanations import ExplanationStore
 from circuitmill.stores.features import FeatureStore
 from circuitmill.stores.graphs import read_graph, read_json, write_json
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest, load_upstreams
+from circuitmill.stores.usage import RunUsage
 from circuitmill.viz import evaluation_view, feature_view, graph_view, pages, run_view, summary
 from circuitmill.viz import study as studies
 from circuitmill.viz.curves import read_metrics
@@ -43,6 +47,7 @@ def run(
     attribute: Path,
     siblings: tuple[Path, ...] = (),
     study: tuple[Path, ...] = (),
+    benchmarks: Path | None = None,
     out: Path,
 ) -> Manifest:
     """Write the page.
@@ -50,6 +55,7 @@ def run(
     Args:
         siblings: Manifests of stage evaluate of the run's other variants.
         study: If variants differ in shared stages, of all variants: manifests of those, train, evaluate and attribute.
+        benchmarks: Folder of the run's benchmark files. They say what jobs used, which no other figure depends on.
 
     Raises:
         UpstreamError: an upstream is missing, incomplete or does not fit the others.
@@ -69,23 +75,26 @@ def run(
     members = studies.read_members(study)
     sources = {f"evaluate of {run_view.variant_name(one)}": one.digest for one in others}
     sources |= {f"study of {member.name}": member.digest for member in members}
-    output = StageOutput("report", cfg, inputs, out, sources=sources)
-    content = _content(inputs, others, studies.study_document(members) if members else None)
+    found = run_view.all_manifests(inputs)
+    usage = usage_of(run_view.run_folder(inputs["train"]), [one for each in found.values() for one in each], benchmarks)
+    output = StageOutput("report", cfg, inputs, out, sources=sources, volatile=pages.VOLATILE)
+    stages = run_view.stage_facts(found)
+    content = _content(inputs, others, stages, usage, studies.study_document(members) if members else None)
     pages.write_graphs(output.path, content)
     documents = {document["metadata"]["slug"]: document for document in content.graphs}
     n_pages = _write_features(cfg, inputs, graph_view.occurrences(documents), output)
     pages.write_overview(output.path, content, chunk_features=cfg.chunk_features, pages=n_pages)
+    pages.write_usage(output.path, content)
     tiles = pages.tiles(content)
-    work = sum(stage.wall_seconds for stage in content.stages)
-    write_json(output.path(summary.FILE), summary.summary_document(content.run, content.variant, tiles, work))
+    write_json(output.path(summary.FILE), summary.summary_document(content.run, content.variant, tiles))
     if content.study is not None:
         write_json(output.path(summary.STUDY), content.study)
-    found, known = pages.concepts_found(content.entries)
+    concepts, known = pages.concepts_found(content.entries)
     return output.finish(
         {
             "graphs": len(content.graphs),
             "feature_pages": n_pages,
-            "concepts_found": found,
+            "concepts_found": concepts,
             "concepts_known": known,
             "variants": len(content.evaluations),
         }
@@ -93,7 +102,11 @@ def run(
 
 
 def _content(
-    inputs: Mapping[str, Manifest], siblings: Iterable[Manifest], study: dict[str, Any] | None
+    inputs: Mapping[str, Manifest],
+    siblings: Iterable[Manifest],
+    stages: Sequence[run_view.StageFacts],
+    usage: RunUsage,
+    study: dict[str, Any] | None,
 ) -> pages.Content:
     """Read everything but the features."""
     evaluations = {
@@ -109,7 +122,8 @@ def _content(
         run=run_view.run_name(inputs["train"]),
         variant=variant,
         facts=_facts(inputs, evaluations[variant]),
-        stages=run_view.stage_facts(inputs),
+        stages=stages,
+        usage=usage,
         metrics=read_metrics(inputs["train"].file("metrics.jsonl")),
         evaluations=evaluations,
         task_descriptions=_task_descriptions(inputs.get("toyworld")),

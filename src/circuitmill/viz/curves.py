@@ -98,12 +98,18 @@ GROUPS: Mapping[str, Sequence[Chart | Bars]] = {
         Chart("Coefficients of the loss", {}, terms="coefficients/", log=True),
         Chart("Scale of the loss in float16", {"loss_scale": "scale"}, log=True),
         Chart("Gradient norm before clipping", {"grad_norm": "norm"}, log=True),
+    ),
+}
+"""The charts of the training section, by heading."""
+
+SPEED: Mapping[str, Sequence[Chart | Bars]] = {
+    "Speed": (
         Chart("Tokens per second", {"tokens_per_second": "tokens per second"}, zero=True),
         Chart("Share of time spent waiting for data", {"data_wait_share": "share"}, zero=True),
         Chart("Peak memory (GB)", {"peak_memory_bytes": "memory"}, zero=True, unit=1e9),
     ),
 }
-"""The charts of the training section, by heading."""
+"""Those that another training of the same would not draw alike."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

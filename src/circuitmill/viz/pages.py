@@ -3,7 +3,9 @@
 | file | content |
 |---|---|
 | index.html, graph.html, features.html, feature.html | pages |
+| tables.html | figures of the overview and the list of graphs, in one file that needs no other |
 | data/run.js | training curves, histograms, variants |
+| data/usage.js, usage.json | what jobs used: time and memory stand in these two files alone |
 | data/graphs.js, data/graphs/<name>.js | list of graphs; one graph (circuit-tracer's JSON) |
 | data/features/index.js | explanation, scores and density of every feature with a page |
 | data/features/<layer>-<n>.js | features from n * chunk_features |
@@ -16,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from circuitmill import __version__
-from circuitmill.viz import curves, evaluation_view, graph_view, study_view
+from circuitmill.stores.graphs import write_json
+from circuitmill.stores.usage import RunUsage
+from circuitmill.viz import curves, evaluation_view, graph_view, study_view, usage_view
 from circuitmill.viz.evaluation_view import Evaluation
 from circuitmill.viz.formatting import count, number, percent
 from circuitmill.viz.run_view import StageFacts, config_text
 from circuitmill.viz.site import PathOf, write_data, write_site
+from circuitmill.viz.summary import USAGE
+
+VOLATILE = ("data/usage.js", USAGE)
+"""Files that differ from one making to the next."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Content:
     facts: Sequence[tuple[str, str]]
     """Label and value of the line below the title."""
     stages: Sequence[StageFacts]
+    usage: RunUsage
+    """What the stages took."""
     metrics: Sequence[Mapping[str, Any]]
     """Rows of training metrics."""
     evaluations: Mapping[str, Evaluation]
@@ -100,6 +110,13 @@ def write_graphs(path_of: PathOf, content: Content) -> None:
     write_data(path_of, "graphs", list(content.entries))
     for document in content.graphs:
         write_data(path_of, f"graphs/{document['metadata']['slug']}", document)
+
+
+def write_usage(path_of: PathOf, content: Content) -> None:
+    """Write what the stages took: the only files of the page with time and memory in them."""
+    page = usage_view.page_data(content.usage) | {"charts": curves.training_charts(content.metrics, curves.SPEED)}
+    write_data(path_of, "usage", page)
+    write_json(path_of(USAGE), usage_view.document(content.usage))
 
 
 def write_overview(path_of: PathOf, content: Content, *, chunk_features: int, pages: int) -> None:

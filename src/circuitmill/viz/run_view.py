@@ -1,27 +1,24 @@
-"""The run as a whole: what every stage took, and where the page stands in the results folder."""
+"""The run as a whole: what every stage left, and where the page stands in the results folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from circuitmill.config.decode import decode
 from circuitmill.config.run import config_class
 from circuitmill.pipeline import stage as stage_row
 from circuitmill.stores.manifest import NAME, Manifest, load_manifest
-from circuitmill.viz.formatting import Real
 
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One line of the table of stages."""
+    """One line of the table of stages: what is the same however often the stage is made."""
 
     name: str
-    jobs: int
-    """The gathering job and its units."""
-    wall_seconds: Real
-    """Of all jobs together."""
-    peak_memory_bytes: int
-    """Of the largest job."""
+    folders: int
+    """Its own, and those of its units."""
     bytes: int
+    """Of the data files in them."""
     digest: str
     config: dict
 
@@ -35,28 +32,37 @@ def unit_manifests(manifest: Manifest) -> list[Manifest]:
     return [load_manifest(manifest.folder / unit / name / NAME, manifest.stage, unit=name) for name in names]
 
 
-def stage_facts(manifests: Mapping[str, Manifest]) -> list[StageFacts]:
-    """What each stage took, in pipeline order."""
-    facts = []
-    for name, manifest in manifests.items():
-        jobs = [manifest, *unit_manifests(manifest)]
-        facts.append(
-            StageFacts(
-                name=name,
-                jobs=len(jobs),
-                wall_seconds=sum(job.wall_seconds for job in jobs),
-                peak_memory_bytes=max(job.peak_memory_bytes for job in jobs),
-                bytes=sum(entry["bytes"] for job in jobs for entry in job.files.values()),
-                digest=manifest.digest,
-                config=manifest.config,
-            )
+def all_manifests(manifests: Mapping[str, Manifest]) -> dict[str, list[Manifest]]:
+    """The manifests of some stages, each with those of its units."""
+    return {name: [manifest, *unit_manifests(manifest)] for name, manifest in manifests.items()}
+
+
+def stage_facts(manifests: Mapping[str, list[Manifest]]) -> list[StageFacts]:
+    """What each stage left.
+
+    Args:
+        manifests: By stage: its own, and those of its units.
+    """
+    return [
+        StageFacts(
+            name=name,
+            folders=len(found),
+            bytes=sum(entry["bytes"] for one in found for entry in one.files.values()),
+            digest=found[0].digest,
+            config=found[0].config,
         )
-    return facts
+        for name, found in manifests.items()
+    ]
+
+
+def run_folder(manifest: Manifest) -> Path:
+    """Folder of the run: a stage that every variant has for itself lies in `results/<run>/<variant>/<stage>`."""
+    return manifest.folder.resolve().parents[1]
 
 
 def run_name(manifest: Manifest) -> str:
-    """Name of the run: a stage that every variant has for itself lies in `results/<run>/<variant>/<stage>`."""
-    return manifest.folder.resolve().parents[1].name
+    """Name of the run, of a stage that every variant has for itself."""
+    return run_folder(manifest).name
 
 
 def variant_name(manifest: Manifest) -> str:

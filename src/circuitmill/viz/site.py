@@ -18,7 +18,7 @@ from circuitmill.stores.files import atomic_write
 from circuitmill.viz import formatting
 
 _HERE = Path(__file__).parent
-PAGES = ("index.html", "graph.html", "features.html", "feature.html")
+PAGES = ("index.html", "graph.html", "features.html", "feature.html", "tables.html")
 
 PathOf = Callable[..., Path]
 """Path inside the report folder, folders made: `StageOutput.path`."""
@@ -63,9 +63,9 @@ def environment() -> Environment:
 
 def write_site(path_of: PathOf, context: dict) -> None:
     """Render the pages and copy scripts and styles beside them."""
-    env = environment()
+    env, sheet = environment(), (_HERE / "static" / "style.css").read_text()
     for page in PAGES:
-        text = env.get_template(page).render(page=page.removesuffix(".html"), **context)
+        text = env.get_template(page).render(page=page.removesuffix(".html"), sheet=sheet, **context)
         atomic_write(path_of(page), text)
     for source in sorted((_HERE / "static").iterdir()):
         shutil.copyfile(source, path_of("static", source.name))

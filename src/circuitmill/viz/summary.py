@@ -10,16 +10,17 @@ from circuitmill.viz.formatting import Real, duration
 
 FILE = "summary.json"
 STUDY = "study.json"
+USAGE = "usage.json"
+"""What the stages before took: not in the manifest's digest, and it may be missing."""
 
 
-def summary_document(run: str, variant: str, tiles: Sequence[dict], work_seconds: Real) -> dict:
+def summary_document(run: str, variant: str, tiles: Sequence[dict]) -> dict:
     """What `headline` prints, as data beside the page.
 
     Args:
         tiles: Headline figures: key, label, value, note.
-        work_seconds: Sum over all jobs of all stages before this one.
     """
-    return {"run": run, "variant": variant, "tiles": list(tiles), "work_seconds": work_seconds}
+    return {"run": run, "variant": variant, "tiles": list(tiles)}
 
 
 def headline(report_manifest_path: Path, elapsed_seconds: Real | None = None) -> str:
@@ -36,8 +37,10 @@ def headline(report_manifest_path: Path, elapsed_seconds: Real | None = None) ->
     width = max(len(tile["label"]) for tile in document["tiles"])
     lines = [f"{document['run']} / {document['variant']}"]
     lines += [f"  {tile['label']:<{width}}  {tile['value']:>10}  {tile['note']}" for tile in document["tiles"]]
-    work = document["work_seconds"] + manifest.wall_seconds
-    lines.append(f"  {'Work time, all jobs':<{width}}  {duration(work)}")
+    usage = manifest.folder / USAGE
+    before = read_json(usage)["wall_seconds"] if usage.is_file() else None
+    work = "not noted" if before is None else duration(before + manifest.wall_seconds)
+    lines.append(f"  {'Work time, all jobs':<{width}}  {work}")
     if elapsed_seconds is not None:
         lines.append(f"  {'Wall time':<{width}}  {duration(elapsed_seconds)}")
     lines.append(f"  {'Page':<{width}}  {manifest.file('index.html').resolve()}")

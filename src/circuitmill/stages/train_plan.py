@@ -1,45 +1,31 @@
 """What a training needs, before anything is started: command `plan`. Glue around `training.parallel.plan`.
 
-The shape of the activations comes from a finished cache, from what the caller says, from the configuration of the
-embedded model, or from a table of the models that shipped experiments name. No model is loaded and nothing is fetched.
+The shape of the activations comes from a finished cache, from what the caller says, or from what `cost_models` knows of
+language models. No model is loaded and nothing is fetched. What the whole run costs is in `cost_plan`.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from circuitmill.config.activations import ActivationsConfig
 from circuitmill.config.cache import CacheConfig
-from circuitmill.config.compose import load_run
 from circuitmill.config.decode import decode
 from circuitmill.config.model import ModelConfig
 from circuitmill.config.run import Run
 from circuitmill.config.train import OVER_TOKENS, TrainConfig
-from circuitmill.core.codecs import CODECS, make_codec
 from circuitmill.errors import ConfigError
 from circuitmill.pipeline import OPTIONAL_UPSTREAM
+from circuitmill.stages import cost_sizes
+from circuitmill.stages.cost_models import MODELS, ModelShape, model_shape, n_places
 from circuitmill.stores.manifest import Manifest, load_manifest
 from circuitmill.training.parallel.census import Shape, count
 from circuitmill.training.parallel.payload import Stored
 from circuitmill.training.parallel.plan import Estimate, Situation, estimates, propose
 
-MODELS = {
-    "openai-community/gpt2": Shape(12, 768),
-    "meta-llama/Llama-3.2-1B": Shape(16, 2048),
-    "google/gemma-2-2b": Shape(26, 2304),
-    "google/gemma-2-2b-it": Shape(26, 2304),
-    "Qwen/Qwen3-0.6B": Shape(28, 1024),
-}
-"""Blocks and width of the models that shipped experiments name, by config.json on their hub pages."""
 LEAST_TOKENS = 64
 """Of a micro-batch: smaller ones leave a processor idle."""
-_PROVENANCE = 16
-"""Bytes that a cache keeps of where a token is from."""
 _MOST_RANKS = 1024
 _GB = 1_000_000_000
 
@@ -53,7 +39,7 @@ class Machine:
     memory_bytes: int
     """Of a rank."""
     disk_bytes: int = 0
-    """For the cache; 0 if nothing is said about it."""
+    """For the run; 0 if nothing is said about it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +77,8 @@ class Plan:
     codecs: list[CodecSize]
     codec: str
     """Proposed; empty if the cache is there, or if activations are streamed."""
+    room: int | None
+    """Bytes that the disk has for the cache; None if nothing is said about it."""
     remedies: list[str]
     notes: list[str]
 
@@ -113,7 +101,7 @@ def machine(*, gpus: int, gpu_memory: float, cpus: int, memory: float | None, di
         gpu_memory: Of each.
         cpus: Ranks without.
         memory: Of the machine, which these share; None for what this one has.
-        disk: For the cache; 0 if nothing is said about it.
+        disk: For the run; 0 if nothing is said about it.
 
     Raises:
         ConfigError: a number that makes no sense.
@@ -128,52 +116,39 @@ def machine(*, gpus: int, gpu_memory: float, cpus: int, memory: float | None, di
     return Machine("cpu", ranks, (here if memory is None else round(memory * _GB)) // ranks, round(disk * _GB))
 
 
-def parse_shape(text: str) -> Shape:
-    """Blocks and width, as 12x768.
-
-    Raises:
-        ConfigError: something else.
-    """
-    layers, _, width = text.partition("x")
-    if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width)):
-        raise ConfigError(
-            "two numbers as in 12x768", found=text, where="--shape", fix="give blocks and width of the language model"
-        )
-    return Shape(int(layers), int(width))
-
-
 def make_plan(
-    experiment: str,
-    overrides: list[str],
+    run: Run,
     machine: Machine,
     *,
     variant: str = "",
     cache: Path | None = None,
-    shape: Shape | None = None,
+    shape: ModelShape | None = None,
+    besides: int = 0,
 ) -> Plan:
-    """Plan the training of an experiment.
+    """Plan a training of a run.
 
     Args:
-        experiment: Its name.
-        overrides: Of its options.
+        run: The run.
         machine: What there is.
         variant: Of the run; the first if empty.
         cache: manifest.json of a finished cache, which says what the activations are and how many there are.
-        shape: Blocks and width of the language model.
+        shape: Of the language model.
+        besides: Bytes on disk of all that the run stores but this cache.
 
     Raises:
-        ConfigError: anything is wrong with the experiment, the model's shape is unknown, or no strategy is possible.
+        ConfigError: there is no such variant, the model's shape is unknown, or no strategy is possible.
         UpstreamError: the cache is missing or incomplete.
     """
-    run = load_run(experiment, overrides)
     variant = variant or run.variants[0]
     cfg: TrainConfig = run.config("train", variant)
     manifest = None if cache is None else load_manifest(cache, "cache")
     cached = run.config("cache", variant) if manifest is None else decode(CacheConfig, manifest.config, "cache")
     found, source = _shape(run, variant, cached, manifest, shape)
     tokens = _cached_tokens(run, variant, cached, manifest)
-    codecs = [_codec_size(name, cfg, cached, found, tokens) for name in CODECS] if cached.mode == "disk" else []
-    codec = "" if manifest is not None or not codecs else _codec(codecs, cached, machine)
+    names = cost_sizes.CODECS if cached.mode == "disk" else ()
+    codecs = [_codec_size(name, cfg, cached, found, tokens) for name in names]
+    room = max(0, machine.disk_bytes - besides) if machine.disk_bytes else None
+    codec = "" if manifest is not None or not codecs else _codec(codecs, cached, room)
     stored = replace(cached, codec=codec) if codec else cached
     situation = situation_of(cfg, stored, found, machine.device, tokens)
     chosen, proposal = _fitting(cfg, found, machine, situation)
@@ -191,13 +166,14 @@ def make_plan(
         tokens,
         codecs,
         codec,
+        room,
         [] if proposal.fits else list(_remedies(chosen, found, machine, situation, proposal)),
         list(_notes(cfg, chosen, cached)),
     )
 
 
 def _shape(
-    run: Run, variant: str, cached: CacheConfig, manifest: Manifest | None, given: Shape | None
+    run: Run, variant: str, cached: CacheConfig, manifest: Manifest | None, given: ModelShape | None
 ) -> tuple[Shape, str]:
     """Of the activations, and where it is from."""
     if manifest is not None:
@@ -207,40 +183,17 @@ def _shape(
     return Shape(n_places(cached, shapes), shapes[0].d_model), "--shape" if given else "the model"
 
 
-def n_places(cached: ActivationsConfig, models: list[Shape]) -> int:
-    """Places at which activations are taken: the chosen blocks of every model, as `lm.sites.Sites` counts them.
-
-    Raises:
-        ConfigError: a block that a model does not have, or models of different widths.
-    """
-    layers = cached.layers
-    for each in models:
-        if each.d_model != models[0].d_model:
-            raise ConfigError(
-                f"two models of one d_model ({models[0].d_model})",
-                found=each.d_model,
-                where="cache.second_model",
-                fix="choose a second model of the same width",
-            )
-        if layers is not None and layers[-1] >= each.n_layers:
-            raise ConfigError(
-                f"layers from 0 to {each.n_layers - 1}", found=layers[-1], where="cache.layers", fix="leave it out"
-            )
-    return sum(each.n_layers if layers is None else len(layers) for each in models)
-
-
-def _model_shape(run: Run, variant: str, model: ModelConfig) -> Shape:
-    if model.source == OPTIONAL_UPSTREAM:
-        transformer = run.config(OPTIONAL_UPSTREAM, variant).transformer
-        return Shape(transformer.n_layers, transformer.d_model)
-    if model.name in MODELS:
-        return MODELS[model.name]
-    raise ConfigError(
-        f"a model whose shape is known: {', '.join(MODELS)}",
-        found=model.name,
-        where="model.name",
-        fix="pass --shape LAYERSxWIDTH (num_hidden_layers and hidden_size of its config.json), or --cache MANIFEST",
-    )
+def _model_shape(run: Run, variant: str, model: ModelConfig) -> ModelShape:
+    world = run.config(OPTIONAL_UPSTREAM, variant) if run.has_toyworld else None
+    found = model_shape(model, world and world.transformer)
+    if found is None:
+        raise ConfigError(
+            f"a model whose shape is known: {', '.join(MODELS)}",
+            found=model.name,
+            where="model.name",
+            fix="pass --shape LAYERSxWIDTH (num_hidden_layers and hidden_size of its config.json), or --cache MANIFEST",
+        )
+    return found
 
 
 def _cached_tokens(run: Run, variant: str, cached: CacheConfig, manifest: Manifest | None) -> int:
@@ -258,34 +211,15 @@ def _cached_tokens(run: Run, variant: str, cached: CacheConfig, manifest: Manife
     return sum(number for number in found if number is not None) if found[0] is not None else 0
 
 
-def _sides(cached: CacheConfig) -> int:
-    return 2 if cached.targets == "stored" else 1
-
-
-def _in_memory(name: str, cached: CacheConfig, shape: Shape) -> int:
-    """Bytes of a token as it is stored, before what is compressed.
-
-    Raises:
-        ConfigError: the codec cannot store activations of this width.
-    """
-    codec = make_codec(name, shape.n_layers, shape.d_model, cached.group_channels)
-    arrays = codec.arrays().values()
-    return _sides(cached) * sum(np.dtype(dtype).itemsize * math.prod(each) for dtype, each in arrays)
-
-
 def _codec_size(name: str, cfg: TrainConfig, cached: CacheConfig, shape: Shape, tokens: int) -> CodecSize:
-    try:
-        size = _in_memory(name, cached, shape)
-    except ConfigError as error:
-        return CodecSize(name, problem=error.expected)
-    if name == "entropy":
-        # codes of frequent values are short; the shifts are nearly all zero and vanish
-        size = math.ceil(_sides(cached) * shape.n_layers * shape.d_model * cached.bits / 8)
-    size += _PROVENANCE
+    problem = cost_sizes.codec_problem(name, shape.d_model, cached.group_channels)
+    if problem:
+        return CodecSize(name, problem=problem)
+    size = cost_sizes.on_disk(replace(cached, codec=name), shape.n_layers, shape.d_model)
     return CodecSize(name, "", size, size * tokens, size * cfg.batch_tokens)
 
 
-def _codec(codecs: list[CodecSize], cached: CacheConfig, machine: Machine) -> str:
+def _codec(codecs: list[CodecSize], cached: CacheConfig, room: int | None) -> str:
     """The configured one, or if that does not go onto the disk the next finer one that does."""
     usable = [each for each in codecs if not each.problem]
     own = next((each for each in usable if each.codec == cached.codec), None)
@@ -296,9 +230,9 @@ def _codec(codecs: list[CodecSize], cached: CacheConfig, machine: Machine) -> st
             where="cache.codec",
             fix="choose one of them",
         )
-    if not machine.disk_bytes or own.cache_bytes <= machine.disk_bytes:
+    if room is None or own.cache_bytes <= room:
         return own.codec
-    smaller = [each for each in usable if each.cache_bytes <= machine.disk_bytes]
+    smaller = [each for each in usable if each.cache_bytes <= room]
     return max(smaller, key=lambda each: each.token_bytes).codec if smaller else own.codec
 
 
@@ -317,7 +251,7 @@ def situation_of(cfg: TrainConfig, cached: CacheConfig, shape: Shape, device: st
         name = "bf16" if all(model.dtype == "bfloat16" for model in models) else "float32"
     else:
         name = cached.codec
-    size = _in_memory(name, cached, shape)
+    size = cost_sizes.in_memory(replace(cached, codec=name), shape.n_layers, shape.d_model)
     pool = min(cfg.pool_tokens, tokens) if tokens else cfg.pool_tokens
     # one in use, one being read, and the batch that comes next
     pools = (2 * pool + cfg.batch_tokens) * size

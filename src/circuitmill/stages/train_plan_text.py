@@ -3,35 +3,25 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from circuitmill.stages import cost_text
+from circuitmill.stages.cost_plan import RunPlan
+from circuitmill.stages.cost_sizes import size
+from circuitmill.stages.cost_text import new_table
 from circuitmill.stages.train_plan import Plan
 from circuitmill.training.parallel.plan import DEAD_SHARE, RESERVE, SLACK, Estimate
 
 
-def size(n_bytes: float | int) -> str:
-    """In units of a thousand.
-
-    >>> size(79_500_000_000), size(1_500), size(0)
-    ('79.5 GB', '1.5 kB', '0 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"
-
-
-def rendered(plan: Plan) -> Group:
+def rendered(plan: Plan, run: RunPlan) -> Group:
     """Tables, and at the end what to paste."""
     parts: list[Any] = [_head(plan), _parameters(plan), _strategies(plan), *_wire(plan)]
     if plan.codecs:
         parts.append(_codecs(plan))
     parts += [Text(f"note: {note}") for note in plan.notes]
-    return Group(*parts, Text(_verdict(plan)))
+    return Group(*parts, *cost_text.rendered(run), Text(_verdict(plan)))
 
 
 def _head(plan: Plan) -> Text:
@@ -48,7 +38,7 @@ def _head(plan: Plan) -> Text:
 
 
 def _parameters(plan: Plan) -> Table:
-    table = _table("Parameters", "", "numbers")
+    table = new_table("Parameters", "", "numbers")
     for kind, number in plan.parameters.items():
         table.add_row(kind, f"{number:,}")
     table.add_section()
@@ -65,7 +55,7 @@ def name_of(estimate: Estimate) -> str:
 
 def _strategies(plan: Plan) -> Table:
     heads = ("weights", "gradients", "optimizer", "activations", "batch", "at most", "with reserve", "host", "")
-    table = _table("Memory of a rank", "strategy", *heads)
+    table = new_table("Memory of a rank", "strategy", *heads)
     for each in plan.estimates:
         if each.memory is None:
             table.add_row(name_of(each), *[""] * (len(heads) - 1), f"not possible: {each.impossible}")
@@ -106,7 +96,7 @@ def _wire(plan: Plan) -> Iterator[Table]:
     if not possible:
         return
     names = [(part, name) for each in possible for part, name, _ in _lines(each)]
-    table = _table("Handed to collectives by a rank in a step", "", *map(name_of, possible))
+    table = new_table("Handed to collectives by a rank in a step", "", *map(name_of, possible))
     for part, name in dict.fromkeys(names):
         found = [next((n for p, k, n in _lines(each) if (p, k) == (part, name)), 0) for each in possible]
         table.add_row(name + part, *(size(n) if n else "" for n in found))
@@ -123,14 +113,14 @@ def _lines(each: Estimate) -> list[tuple[str, str, int]]:
 
 def _codecs(plan: Plan) -> Table:
     heads = ("a token", "cache", "read by a rank in a step", "")
-    table = _table(f"Cache of {plan.cached_tokens:,} tokens" if plan.cached_tokens else "Cache", "codec", *heads)
+    table = new_table(f"Cache of {plan.cached_tokens:,} tokens" if plan.cached_tokens else "Cache", "codec", *heads)
     for each in plan.codecs:
         if each.problem:
             table.add_row(each.codec, "", "", "", f"needs {each.problem}")
             continue
         total = size(each.cache_bytes) if plan.cached_tokens else "as many as the text has"
-        fits = not plan.machine.disk_bytes or each.cache_bytes <= plan.machine.disk_bytes
-        note = "proposed" if each.codec == plan.codec else "" if fits else "more than the disk has"
+        fits = plan.room is None or each.cache_bytes <= plan.room
+        note = ", ".join(["proposed"] * (each.codec == plan.codec) + ["more than the disk has"] * (not fits))
         table.add_row(each.codec, size(each.token_bytes), total, size(each.step_bytes), note)
     return table
 
@@ -143,14 +133,7 @@ def _verdict(plan: Plan) -> str:
     return "\n  ".join([f"\nNothing fits: {least}. One of these would:", *plan.remedies])
 
 
-def _table(title: str, *heads: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, caption_justify="left")
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left")
-    return table
-
-
-def plain(plan: Plan) -> dict[str, Any]:
+def plain(plan: Plan, run: RunPlan) -> dict[str, Any]:
     """The same as one JSON object; sizes in bytes."""
     machine, chosen = plan.machine, plan.proposal
     return {
@@ -173,7 +156,8 @@ def plain(plan: Plan) -> dict[str, Any]:
             "overrides": plan.overrides,
         },
         "remedies": plan.remedies,
-        "notes": plan.notes,
+        "notes": [*plan.notes, *run.notes],
+        **cost_text.plain(run),
     }
 
 

@@ -20,8 +20,8 @@ from circuitmill.config.compose import compose, config_folder
 from circuitmill.config.decode import decode
 from circuitmill.config.train import TrainConfig
 from circuitmill.stages import train
-from circuitmill.stores.transcoders import load_transcoder
 from circuitmill.stores.metrics import read_metrics
+from circuitmill.stores.transcoders import load_transcoder
 
 LEFT_OUT = ("tiny", "gpt2", "sae", "crosscoder", "model_diff", "end_to_end", "adapter")
 

@@ -80,9 +80,9 @@ class Snakemake:
 
 
 def environment() -> dict[str, str]:
-    """With the programs of this interpreter, and one thread where nothing else is said."""
+    """With the programs of this interpreter. Threads do not spin: many jobs share few cores here."""
     own = {key: value for key, value in os.environ.items() if key not in ("CIRCUITMILL_CONFIG", "CIRCUITMILL_SITE")}
-    return own | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return own | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def checkout(folder: Path, site: Mapping[str, Any] = SITE, *, after: Checkout | None = None) -> Checkout:

@@ -1,5 +1,7 @@
 """`circuitmill status`, `cancel` and `resume` on a real Slurm, with a workflow whose jobs wait for a file."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 from tests.slurm.conftest import Slurm
 
-from circuitmill.cluster.controllers import RECORD, read_record
+from circuitmill.cli import main
+from circuitmill.cluster.controllers import read_record
+from circuitmill.controllers import FILE
 
 pytestmark = pytest.mark.slow
 
@@ -25,10 +29,10 @@ ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 # is no file `go`, the shard waits, the prompt fails and the report waits in Slurm's queue.
 WORKFLOW = """
 from pathlib import Path
-from circuitmill.cluster.controllers import write_controller
+from circuitmill.controllers import record
 R = "results/" + config["run"]
 onstart:
-    write_controller(Path(R), Path(log[0]))
+    record(Path(R), log[0])
 rule all:
     input:
         R + "/cache/shard/train-00000/manifest.json",
@@ -64,8 +68,11 @@ default-resources: {slurm_partition: cpu, mem_mb: 500, runtime: 5}
 
 
 def circuitmill(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = ["timeout", "-k", "10", "150", *PROGRAM, *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    """Run the command line in this process: it starts many times here, and takes a second each."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def status(folder: Path, run: str) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def checkout(slurm: Slurm, tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "profile.yaml").write_text(PROFILE)
     yield tmp_path
-    for record in tmp_path.glob(f"results/*/{RECORD}"):
+    for record in tmp_path.glob(f"results/*/{FILE}"):
         for controller in read_record(record.parents[1]).controllers:
             if Path(f"/proc/{controller.pid}").exists():
                 os.kill(controller.pid, signal.SIGKILL)

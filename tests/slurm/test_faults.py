@@ -129,7 +129,7 @@ def test_cancelled_job_dead_node_time_limits_and_a_restarted_controller(
     assert said.count("Error in rule run_train") == 2 and said.count("Error in rule cache_shard") == 1
     assert "Error in rule features_block" not in said  # Slurm's own affair
     log = (made.results / "logs/main/train.log").read_text()
-    assert re.search(r"continuing after step \d+ of 256", log)
+    assert re.search(r"continuing after step \d+ of 128", log)
 
 
 def test_a_killed_snakemake_and_resume(undisturbed: Checkout, slurm: Slurm, tmp_path: Path):

@@ -61,7 +61,7 @@ jobs: 20
 latency-wait: 5
 keep-going: true
 slurm-status-command: squeue
-slurm-init-seconds-before-status-checks: 5
+slurm-init-seconds-before-status-checks: 1
 slurm-jobname-prefix: circuitmill
 default-resources: {slurm_partition: cpu, mem_mb: 500, runtime: 5}
 """

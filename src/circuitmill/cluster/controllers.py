@@ -1,10 +1,8 @@
 """The record of a run's controllers, the snakemake processes that worked on it: `results/<run>/logs/controllers.jsonl`.
 
-A line is one JSON object: `pid`, `host`, `started` (ISO 8601, UTC), `log` (Snakemake's own log, below `folder`), `argv`
-(its command line as Python sees it) and `folder` (the working directory, which is the checkout).
+`circuitmill.controllers.record` writes it, a JSON object a line.
 """
 
-import fcntl
 import json
 import os
 import shlex
@@ -12,14 +10,12 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from circuitmill import controllers
 from circuitmill.errors import ConfigError, StoreError
-
-RECORD = Path("logs/controllers.jsonl")
-"""Below `results/<run>`."""
 
 _KINDS: dict[str, type] = {"pid": int, "host": str, "started": str, "log": str, "argv": list, "folder": str}
 
@@ -73,29 +69,6 @@ class RunRecord:
         return self.controllers[-1] if self.controllers else None
 
 
-def write_controller(folder: Path, log: Path) -> None:
-    """Record this process as a controller of a run; a line that a crash left unfinished is removed first.
-
-    Args:
-        folder: `results/<run>`.
-        log: Snakemake's log.
-    """
-    path = folder / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    here = Path.cwd()
-    started = datetime.now(UTC)
-    shown = log.relative_to(here) if log.is_relative_to(here) else log
-    line = json.dumps(Controller(os.getpid(), socket.gethostname(), started, shown, tuple(sys.argv), here).plain())
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def parse_controllers(text: str, where: object) -> list[Controller]:
     """The controllers of a record's text, oldest first. A last line without its end counts as not written.
 
@@ -144,8 +117,8 @@ def read_record(folder: Path) -> RunRecord:
     """
     # not resolved: `results` may be a link to another disk, and the run's name is that of the folder as it is named
     folder = Path(os.path.abspath(folder))  # noqa: PTH100
-    path = folder / RECORD
-    if not path.is_file():
+    path = folder / controllers.FILE
+    if not path.exists():
         if not any((folder / name).is_dir() for name in ("config", "logs")):
             raise StoreError(
                 "a run's folder, with config/ or logs/ in it",

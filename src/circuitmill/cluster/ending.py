@@ -1,18 +1,20 @@
 """Ending a run's work, and starting its recorded command again."""
 
+import contextlib
 import fcntl
 import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from circuitmill.cluster import processes, slurm
-from circuitmill.cluster.controllers import RECORD, Controller, RunRecord, read_record, resume_command, unlock_command
+from circuitmill.cluster.controllers import Controller, RunRecord, read_record, resume_command, unlock_command
 from circuitmill.cluster.processes import State
 from circuitmill.cluster.status import RunLogs, lost_logs, read_logs
+from circuitmill.controllers import FILE
 from circuitmill.errors import ClientError, StoreError
 
 _LOCK = Path("logs/resume.lock")
@@ -48,7 +50,7 @@ def find_work(folder: Path, *, elsewhere: bool) -> Work:
         raise StoreError(
             "a recorded controller of this checkout",
             found=f"only some that worked on {record.foreign[-1].folder}/results" if record.foreign else "none",
-            where=record.folder / RECORD,
+            where=record.folder / FILE,
             fix=f"start it: snakemake --config run={record.folder.name}",
         )
     logs = read_logs(record)
@@ -65,7 +67,7 @@ def find_work(folder: Path, *, elsewhere: bool) -> Work:
         raise ClientError(
             "a controller of this machine",
             found=f"process {controller.pid} on {controller.host}, which may live",
-            where=record.folder / RECORD,
+            where=record.folder / FILE,
             fix=f"run this on {controller.host}, or say with --elsewhere that it is dead",
         )
     return Work(record, logs, controller, state)
@@ -177,31 +179,42 @@ def resume(work: Work, extra: list[str], *, timeout: float | int, tell: Tell) ->
         StoreError: the recorded program is gone.
     """
     command = resume_command(work.controller.argv, extra)
-    _claim(work)
-    end_orphans(work, timeout, tell)
-    os.chdir(work.controller.folder)
-    _unlock(work)
-    tell(f"starting: {shlex.join(command)}")
-    try:
-        os.execvp(command[0], command)  # noqa: S606  # the point of it: no shell in between
-    except OSError as error:
-        raise _not_started(command, error) from error
+    with _claimed(work):
+        end_orphans(work, timeout, tell)
+        os.chdir(work.controller.folder)
+        _unlock(work)
+        tell(f"starting: {shlex.join(command)}")
+        try:
+            os.execvp(command[0], command)  # noqa: S606  # the point of it: no shell in between
+        except OSError as error:
+            raise _not_started(command, error) from error
 
 
-def _claim(work: Work) -> None:
-    """Have no other `resume` start a second controller; the claim lasts as long as the process that this one becomes.
+@contextlib.contextmanager
+def _claimed(work: Work) -> Iterator[None]:
+    """Have no other `resume` start a second controller, as long as this process or the program that it becomes lives.
 
     Raises:
-        ClientError: another one has it.
+        ClientError: another one has the claim.
+        StoreError: the run is not this user's to write to.
     """
-    # left open on purpose, and handed on to the program that replaces this one; its children do not get it
-    descriptor = os.open(work.record.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    os.set_inheritable(descriptor, True)
+    path = work.record.folder / _LOCK
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(
+            "a run that this user may write to", found=error, where=path, fix="ask its owner to resume it"
+        ) from error
+    try:
+        # handed on to the program that replaces this one; what that starts does not get it
+        os.set_inheritable(descriptor, True)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _running(work, "another `resume`, or the controller it became") from error
+        yield
+    finally:
         os.close(descriptor)
-        raise _running(work, "another `resume`, or the controller it became") from error
 
 
 def _unlock(work: Work) -> None:

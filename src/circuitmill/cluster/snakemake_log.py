@@ -9,11 +9,13 @@ _RULE = re.compile(r"(?:local)?(?:rule|checkpoint) (\w+):$")
 _ONE = re.compile(r"Job (\d+) has been submitted with SLURM jobid (\d+) ")
 _ARRAY = re.compile(r"Submitted array job with Snakemake IDs ([\d,]+) and SLURM job ID (\d+)\.")
 _ERROR = re.compile(r"Error in rule (\w+):$")
+_NO_OUTPUT = re.compile(r"Job (\d+)\s+completed successfully, but some output files are missing\.")
 _RESTART = re.compile(r"Trying to restart job (\d+)\.")
 _FINISHED = re.compile(r"Finished jobid: (\d+) ")
 _COMPLETE = "Complete log(s): "
 _SHELL_END = "        (command exited with non-zero exit code)"
 _HINT = " (check log file(s) for error details)"
+_ADVICE = "For further error details see the cluster/cloud log and the log files of the involved rule(s)."
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ def _note_course(log: SnakemakeLog, line: str) -> None:
     elif restart := _RESTART.match(line):
         if failure := log.failures.get(int(restart[1])):
             log.failures[failure.jobid] = replace(failure, retried=True)
+    elif missing := _NO_OUTPUT.match(line):
+        if task := log.tasks.get(int(missing[1])):
+            words = {"jobid": missing[1], "message": "it ended well, but its output is not there"}
+            _note_failure(log, task.rule, words)
     elif line.startswith(_COMPLETE):
         log.ended = True
 
@@ -112,7 +118,7 @@ def _note_failure(log: SnakemakeLog, rule: str, values: dict[str, str]) -> None:
         wildcards=task.wildcards if task else {},
         attempts=1 + (before.attempts if before else 0),
         retried=False,
-        message="" if message == "None" else message,
+        message="" if message == "None" else message.removesuffix(_ADVICE).strip(),
         logs=tuple(Path(name) for name in values.get("log", "").removesuffix(_HINT).split(", ") if name),
         slurm_job=values.get("external_jobid"),
     )

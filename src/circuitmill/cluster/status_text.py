@@ -17,7 +17,9 @@ _NAMED = 3
 
 def rendered(status: RunStatus) -> Group:
     """The controller, tables of stages and Slurm jobs, failed jobs with the ends of their logs, and notes."""
-    parts: list[Any] = [Text(_head(status)), _stages(status)]
+    parts: list[Any] = [Text(_head(status))]
+    if status.stages:
+        parts.append(_stages(status))
     if status.jobs:
         parts.append(_jobs(status.jobs))
     elif status.jobs is not None:

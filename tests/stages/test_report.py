@@ -13,6 +13,7 @@ from circuitmill import cli
 from circuitmill.errors import ConfigError, StoreError, UpstreamError
 from circuitmill.stages import report
 from circuitmill.stores.manifest import NAME, Manifest, load_manifest
+from circuitmill.stores.metrics import THROUGHPUT
 from circuitmill.stores.timing import TIMING
 from circuitmill.stores.verify import verify
 from circuitmill.viz.summary import headline
@@ -118,6 +119,9 @@ def slower(upstreams: dict[str, Path]) -> None:
         raw["wall_seconds"] += 3600
         raw["peak_memory_bytes"] += 9_000_000_000
         path.write_text(json.dumps(raw | {"device": "NVIDIA H200"}))
+    path = run / "main/train" / THROUGHPUT
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"tokens_per_second": 7.5}) + "\n" for row in rows))
 
 
 def write_benchmark(run: Path, place: str, seconds: float, **more: object) -> None:
@@ -168,18 +172,23 @@ def test_used_stands_beside_what_was_asked_for(upstreams: dict[str, Path]) -> No
     assert columns["tokenize"]["Longest job"]["detail"] == ""
     (missing,) = [note for note in said["notes"] if "no benchmark file" in note]
     assert "toyworld, tokenize, cache and 4 other stages" in missing
-    assert said["predictions"][0][0] == "cache: codes and scales on disk"
+    assert [what for what, *_ in said["predictions"]] == [
+        "cache: codes and scales on disk",
+        "train of main: memory of the process",
+    ]
+    assert said["charts"][0]["charts"][0]["title"] == "Tokens per second"
 
 
 def test_without_benchmarks_and_times_the_page_says_so(upstreams: dict[str, Path]) -> None:
     run = upstreams["tokenize"].parents[1]
-    for path in run.rglob(TIMING):
+    for path in (*run.rglob(TIMING), run / "main/train" / THROUGHPUT):
         path.unlink()
     manifest = report.run(CFG, **upstreams, out=run / "main/report")
     said = data(manifest, "usage")
     for row in said["rows"]:
         assert [cell["text"] for cell in row[2:-1]] == ["–"] * 4
     assert "There are no benchmark files of this run" in said["notes"][0]
+    assert said["charts"] == []
     assert "Nothing says what was used by toyworld, tokenize, cache and 5 other stages" in said["notes"][1]
     (manifest.folder / TIMING).unlink()
     assert "not noted" in headline(manifest.folder / NAME)

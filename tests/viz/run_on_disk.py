@@ -18,6 +18,7 @@ from circuitmill.stores.feature_writer import write_index, write_windows
 from circuitmill.stores.features import BLOCKS, FEATURES, GROUP_FEATURES, INDEX, WINDOWS, block_span
 from circuitmill.stores.graphs import write_json
 from circuitmill.stores.manifest import NAME, Manifest, StageOutput, load_manifest
+from circuitmill.stores.metrics import METRICS, THROUGHPUT, parted
 from circuitmill.stores.tensors import write_tensors
 from circuitmill.stores.tokens import write_parquet
 
@@ -60,7 +61,8 @@ def write_run(
         for unit in units:
             part = StageOutput(name, cfg, inputs, out / word / unit, unit=unit)
             part.finish(_unit(name, unit, part))
-        output = StageOutput(name, cfg, inputs, out, keep=(word,) if word else ())
+        volatile = (THROUGHPUT,) if name == "train" else ()
+        output = StageOutput(name, cfg, inputs, out, keep=(word,) if word else (), volatile=volatile)
         made[name] = output.finish(fill(output))
 
     stage("toyworld", stage_config("toyworld"), _toyworld, home="")
@@ -103,8 +105,9 @@ def _train(output: StageOutput, steps: int, seed: int) -> dict:
         shape = (synthetic.N_FEATURES, synthetic.N_LAYERS - layer, 32)
         decoder = torch.randn(*shape, generator=generator)
         write_tensors(output.path("model", f"W_dec_{layer}.safetensors"), {f"W_dec_{layer}": decoder})
-    rows = "".join(json.dumps(row) + "\n" for row in synthetic.metrics(steps))
-    output.path("metrics.jsonl").write_text(rows)
+    parts = [parted(row) for row in synthetic.metrics(steps)]
+    for name, rows in zip((METRICS, THROUGHPUT), zip(*parts, strict=True), strict=True):
+        output.path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {}
 
 

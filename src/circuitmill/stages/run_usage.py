@@ -10,11 +10,11 @@ from circuitmill.errors import StoreError
 from circuitmill.stages.train_plan import situation_of
 from circuitmill.stores.benchmarks import read_benchmarks
 from circuitmill.stores.manifest import NAME, Manifest, load_manifest
+from circuitmill.stores.metrics import METRICS, read_metrics
 from circuitmill.stores.places import folders
 from circuitmill.stores.usage import Prediction, RunUsage, by_rule, by_stage, jobs_of
 from circuitmill.training.parallel.census import Shape
 from circuitmill.training.parallel.plan import estimates
-from circuitmill.viz.curves import read_metrics
 
 BENCHMARKS = "benchmarks"
 """Beside the stages' folders in that of a run."""
@@ -37,7 +37,7 @@ def usage_of(run: Path, manifests: Sequence[Manifest], benchmarks: Path | None) 
         run=run.resolve().name,
         stages=tuple(by_stage(jobs, manifests)),
         rules=tuple(by_rule(jobs)),
-        predictions=tuple(predictions(manifests)),
+        predictions=tuple(predictions(run, manifests)),
         benchmarks=benchmarks is not None,
     )
 
@@ -61,7 +61,7 @@ def usage_of_run(run: Path) -> RunUsage:
     return usage_of(run, [load_manifest(path) for path in found], benchmarks if benchmarks.is_dir() else None)
 
 
-def predictions(manifests: Sequence[Manifest]) -> Iterator[Prediction]:
+def predictions(run: Path, manifests: Sequence[Manifest]) -> Iterator[Prediction]:
     """What `circuitmill plan` says of finished trainings and the caches that they read, and what they came to.
 
     Nothing of a training that several ranks shared: how they did depends on what memory each of them had.
@@ -77,19 +77,22 @@ def predictions(manifests: Sequence[Manifest]) -> Iterator[Prediction]:
         # codes of entropy have no size before they are made
         if cache.digest not in seen and cached.mode == "disk" and cached.codec != "entropy" and situation.stored:
             shards = [one for one in manifests if one.unit and one.folder.parent.parent == cache.folder]
-            used = sum(entry["bytes"] for one in (cache, *shards) for entry in one.files.values())
-            yield Prediction(f"{_name(cache)}: codes and scales on disk", tokens * situation.stored.token_bytes, used)
+            size = sum(entry["bytes"] for one in (cache, *shards) for entry in one.files.values())
+            yield Prediction(
+                f"{_name(run, cache)}: codes and scales on disk", tokens * situation.stored.token_bytes, size
+            )
             seen.add(cache.digest)
-        if train.ranks == 1:
+        used = read_metrics(train.file(METRICS))[-1].get("peak_memory_bytes")
+        if train.ranks == 1 and used is not None:
             [single, *_] = estimates(cfg, shape, 1, 0, situation)
             # on a GPU only tensors are counted, on a CPU the whole process
             need = single.total if device == "cpu" or single.memory is None else single.memory.peak
-            used = read_metrics(train.file("metrics.jsonl"))[-1]["peak_memory_bytes"]
-            yield Prediction(f"{_name(train)}: memory of the {'process' if device == 'cpu' else 'GPU'}", need, used)
+            yield Prediction(
+                f"{_name(run, train)}: memory of the {'process' if device == 'cpu' else 'GPU'}", need, used
+            )
 
 
-def _name(manifest: Manifest) -> str:
-    """The stage, and the variant that it is of."""
+def _name(run: Path, manifest: Manifest) -> str:
+    """The stage, and the variant whose folder it lies in."""
     home = manifest.folder.resolve().parent
-    variant = home.name if home.parent.parent.name == "results" else ""
-    return f"{manifest.stage} of {variant}" if variant else manifest.stage
+    return manifest.stage if home == run.resolve() else f"{manifest.stage} of {home.name}"

@@ -1,4 +1,4 @@
-"""Training curves from `metrics.jsonl`: which measurements share a chart, and how many points are drawn."""
+"""Training curves from metrics.jsonl and throughput.jsonl: what shares a chart, and how many points are drawn."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from circuitmill.errors import StoreError
+from circuitmill.stores.metrics import THROUGHPUT, whole_rows
 from circuitmill.viz.formatting import Real
 
 POINTS = 400
@@ -113,19 +114,19 @@ SPEED: Mapping[str, Sequence[Chart | Bars]] = {
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a finished training.
+    """The rows of a finished training, with speed and memory where throughput.jsonl is there.
 
     Raises:
         StoreError: a line is not a JSON object with `tokens`, or there is none.
     """
-    rows = []
+    rows, measured = [], {row["step"]: row for _, row in whole_rows(path.with_name(THROUGHPUT))}
     for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
             row["tokens"] += 0
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise _unreadable(f"{line[:80]!r} ({type(error).__name__})", f"{path}:{place}") from error
-        rows.append(row)
+        rows.append(row | measured.get(row.get("step"), {}))
     if not rows:
         raise _unreadable("no rows", path)
     return rows

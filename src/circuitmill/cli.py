@@ -134,6 +134,9 @@ def _add_tools(commands: Any) -> None:
     config.add_argument("--stage", choices=[stage.name for stage in STAGES], help="only this stage")
     config.add_argument("--variant", default="", help="as this variant uses it")
     config.add_argument("--keys", action="store_true", help="a table of every key with type, value and meaning instead")
+    config.add_argument(
+        "--site", action="store_true", help="every key of a site file, which says where a run runs, instead"
+    )
     config.set_defaults(action=_config)
     launch = commands.add_parser(
         "launch", help="run a subcommand as several ranks, on this machine or on every node of a Slurm step"
@@ -259,8 +262,11 @@ def _run_units(module: Any, stage: Stage, cfg: Any, inputs: dict[str, Any], fold
 
 def _config(arguments: argparse.Namespace) -> None:
     from circuitmill.config.compose import freeze, load_run
-    from circuitmill.config.describe import markdown
+    from circuitmill.config.describe import markdown, site_text
 
+    if arguments.site:
+        print(site_text())
+        return
     run = load_run(*split_experiment(arguments.overrides))
     if arguments.keys:
         print(markdown(run))

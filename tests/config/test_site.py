@@ -1,5 +1,6 @@
 """What jobs ask for by a site file, and what is wrong with one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 import yaml
 from tests.conftest import REPOSITORY
 
+from circuitmill import cli
 from circuitmill.config.decode import decode
-from circuitmill.config.site import Site, gpus_here, load_site
+from circuitmill.config.site import RuleSite, Site, gpus_here, load_site
 from circuitmill.errors import ConfigError
 
 
@@ -143,6 +145,13 @@ def test_shipped_files_name_rules_that_exist(path: str):
 def test_the_example_shows_every_key():
     given = yaml.safe_load((REPOSITORY / "profiles/slurm/site.example.yaml").read_text())
     assert set(given) == set(Site.__dataclass_fields__)
+
+
+def test_every_key_is_described(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["config", "--site"]) == 0
+    text = capsys.readouterr().out
+    for key in (*Site.__dataclass_fields__, *(f"rules.<rule>.{name}" for name in RuleSite.__dataclass_fields__)):
+        assert re.search(rf"^{re.escape(key)}: .+\n    \S", text, re.MULTILINE), key
 
 
 def test_gpus_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -87,7 +87,7 @@ def test_resources_of_the_example_site(workflow: Workflow):
     shard, train, tokens = (blocks[name] for name in ("cache_shard", "run_train", "run_tokenize"))
     assert "slurm_partition=gpu" in shard and "gpu=1" in shard and "mem_mb=16000" in shard
     assert "slurm_partition=gpu" in train and "gpu=4" in train and "slurm_extra=--signal=USR1@120" in train
-    assert "runtime=720" in train and "threads: 16" in train
+    assert "runtime=720" in train and "cpus_per_task=16" in train
     assert "slurm_partition=cpu" in tokens and "gpu=" not in tokens
 
 

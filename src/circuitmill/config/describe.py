@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import inspect
+import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from circuitmill.config.decode import type_name
 from circuitmill.config.run import Run, config_class
+from circuitmill.config.site import RuleSite, Site
 
 _HEAD = """# Configuration
 
@@ -65,6 +67,18 @@ def markdown(run: Run) -> str:
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def site_text() -> str:
+    """Every key of a site file with its type and its meaning."""
+    lines = ["# profiles/slurm/site.yaml; profiles/slurm/site.example.yaml is one to start from"]
+    for cls, prefix in ((Site, ""), (RuleSite, "rules.<rule>.")):
+        meanings, hints = _meanings(cls), typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            default = "" if field.default in (dataclasses.MISSING, "") else f", default {_plain(field.default)}"
+            lines.append(f"\n{prefix}{field.name}: {type_name(hints[field.name])}{default}")
+            lines.append(textwrap.indent(textwrap.fill(meanings[field.name], 100), "    "))
+    return "\n".join(lines)
 
 
 def _plain(value: object) -> str:

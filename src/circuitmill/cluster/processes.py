@@ -135,11 +135,8 @@ def end_local_work(folder: Path, checkout: Path, timeout: float | int, tell: Cal
         ClientError: they do not even end when they are killed.
     """
     if processes := local_work(folder, checkout):
-        killed = _insist(processes, timeout)
-        tell(
-            f"ended on {'SIGKILL' if killed else 'SIGTERM'}: {len(processes)} processes on this machine: "
-            + " ".join(str(one.pid) for one in processes)
-        )
+        used = "SIGKILL" if _insist(processes, timeout) else "SIGTERM"
+        tell(f"ended on {used} on this machine: {' '.join(str(one.pid) for one in processes)}")
 
 
 def _insist(processes: list[psutil.Process], timeout: float | int) -> list[psutil.Process]:

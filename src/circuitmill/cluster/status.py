@@ -110,8 +110,8 @@ def status_of(folder: Path) -> RunStatus:
     ]
     if record.foreign:
         notes.append(
-            f"{len(record.foreign)} recorded controllers worked on {record.foreign[-1].folder}/results/"
-            f"{record.folder.name}, not on this folder"
+            f"recorded controllers ({len(record.foreign)}) that worked on {record.foreign[-1].folder}/results/"
+            f"{record.folder.name}, not on this folder, are passed over"
         )
     controller, log = record.newest, logs.newest
     state = processes.state_of(controller, log is not None and log.ended) if controller else None

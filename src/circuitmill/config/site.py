@@ -40,10 +40,13 @@ class RuleSite:
     runtime: int | None = None
     """Time limit in minutes, of the first attempt; null leaves the rule's."""
     partition: str | None = None
-    """Instead of the site's, as the next three."""
+    """Instead of the site's."""
     qos: str | None = None
+    """Instead of the site's."""
     constraint: str | None = None
+    """Instead of the site's."""
     gpu_model: str | None = None
+    """Instead of the site's."""
     extra: str = ""
     """Further options of sbatch, such as --exclusive."""
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from circuitmill.config.run import Run
+from circuitmill.config.site import full_groups
 from circuitmill.errors import ConfigError
 from circuitmill.pipeline import Stage
 from circuitmill.pipeline import stage as stage_row
-from circuitmill.stages.cost_work import SPLITS, Real, Setting, Work, stage_work, total, unit_work
+from circuitmill.stages.cost_work import Real, Setting, Work, stage_work, total, unit_work
 
 Key = tuple[str, str]
 """Rule, and the variant in whose folder its output lies; empty for the run's own."""
@@ -59,8 +60,8 @@ class Group:
     rule: str
     stage: str
     home: str
-    works: tuple[Work, ...]
-    """Of each job."""
+    jobs: tuple[tuple[Work, ...], ...]
+    """Work of each unit that each job does, one after the other."""
     needs: tuple[Key, ...]
     """Groups that must be finished before one of these starts."""
 
@@ -72,7 +73,7 @@ class Group:
     @property
     def work(self) -> Work:
         """Of all jobs together."""
-        return total(list(self.works))
+        return total([work for job in self.jobs for work in job])
 
 
 def unit_rule(row: Stage) -> str:
@@ -98,6 +99,8 @@ def groups(run: Run, settings: Mapping[str, Setting], shards_per_job: int = 1) -
         settings: By variant.
         shards_per_job: Shards of the cache that one job makes.
     """
+    units = [cfg.units() for cfg in run.stages["cache"].values()]
+    heads = full_groups(units, shards_per_job) if shards_per_job > 1 else []
     found = []
     for name in run.stage_names():
         row = stage_row(name)
@@ -107,23 +110,18 @@ def groups(run: Run, settings: Mapping[str, Setting], shards_per_job: int = 1) -
             setting = settings[variant]
             if row.unit is not None and run.stages[name][home].units():
                 works = unit_work(name, setting)
-                parts = _parts(name, works, shards_per_job)
-                found.append(Group(unit_rule(row), name, home, tuple(parts), needs))
+                found.append(
+                    Group(unit_rule(row), name, home, _together(works, heads if name == "cache" else []), needs)
+                )
                 needs += ((unit_rule(row), home),)
-            found.append(Group(gather_rule(name), name, home, (stage_work(name, setting),), needs))
+            found.append(Group(gather_rule(name), name, home, ((stage_work(name, setting),),), needs))
     return found
 
 
-def _parts(name: str, works: Mapping[str, Work], shards_per_job: int) -> list[Work]:
-    """Work of each job: of the cache, a job makes several shards of a split, and jobs of one make what is left."""
-    if name != "cache" or shards_per_job == 1:
-        return list(works.values())
-    found: list[Work] = []
-    for split in SPLITS:
-        own = [work for shard, work in works.items() if shard.startswith(f"{split}-")]
-        whole = len(own) // shards_per_job * shards_per_job
-        found += [total(own[low : low + shards_per_job]) for low in range(0, whole, shards_per_job)] + own[whole:]
-    return found
+def _together(works: Mapping[str, Work], heads: Sequence[str]) -> tuple[tuple[Work, ...], ...]:
+    """Units by job, where those that have one of these in front are made by one."""
+    jobs = [tuple(work for name, work in works.items() if name.startswith(head)) for head in heads]
+    return (*jobs, *((work,) for name, work in works.items() if not name.startswith(tuple(heads))))
 
 
 def _upstream(run: Run, row: Stage, variant: str) -> Sequence[Key]:
@@ -147,7 +145,7 @@ def at_once(found: Sequence[Group]) -> dict[str, int]:
     waited_for = {need for group in found for need in group.needs if need[0] == group.rule}
     counts: dict[str, int] = {}
     for group in found:
-        counts[group.rule] = counts.get(group.rule, 0) + (0 if group.key in waited_for else len(group.works))
+        counts[group.rule] = counts.get(group.rule, 0) + (0 if group.key in waited_for else len(group.jobs))
     return counts
 
 
@@ -174,10 +172,10 @@ def wall_times(
         (order[key], number)
         for key, needs in open_needs.items()
         if not needs
-        for number in range(len(by_key[key].works))
+        for number in range(len(by_key[key].jobs))
     ]
     heapq.heapify(ready)
-    left = {group.key: len(group.works) for group in found}
+    left = {group.key: len(group.jobs) for group in found}
     durations = {group.key: seconds(group) for group in found}
     running: list[tuple[Real, int]] = []
     spans: dict[Key, tuple[Real, Real]] = {}
@@ -200,6 +198,6 @@ def wall_times(
             if group.key in needs:
                 needs.discard(group.key)
                 if not needs:
-                    for number in range(len(by_key[key].works)):
+                    for number in range(len(by_key[key].jobs)):
                         heapq.heappush(ready, (order[key], number))
     return spans

@@ -1,4 +1,4 @@
-"""How fast the jobs of a run were: from its manifests, their timing.json and metrics.jsonl. No torch here.
+"""How fast the jobs of a run were: from its manifests, their timing.json, and the metrics of trainings. No torch here.
 
 A job is measured if its manifest is there, and those of what it was made from, which say how much work it was. Jobs
 that continued an earlier one are left out, because their own time is not all of it.
@@ -21,10 +21,10 @@ from circuitmill.pipeline import stage as stage_row
 from circuitmill.stages.cost_jobs import Key, gather_rule, unit_rule
 from circuitmill.stages.cost_models import ModelShape, embedded, model_shape
 from circuitmill.stages.cost_work import Activity, Real, Setting, Work, stage_work, unit_work
-from circuitmill.stores.manifest import NAME, Manifest, read_manifest, read_timing
-from circuitmill.stores.metrics import read_metrics
+from circuitmill.stores.manifest import NAME, Manifest, read_manifest
+from circuitmill.stores.metrics import METRICS, read_metrics
+from circuitmill.stores.timing import read_timing
 
-METRICS = "metrics.jsonl"
 _APART = 2
 """Times the work of the smallest job that the largest must have, for a line through them to tell something."""
 _BASE = "base"
@@ -223,7 +223,7 @@ def _fixed(manifest: Manifest, seconds: Real) -> Real | None:
     if manifest.stage != "train":
         return None
     rows = read_metrics(manifest.folder / METRICS)
-    steps = [(after["tokens"] - before["tokens"], after["tokens_per_second"]) for before, after in pairwise(rows)]
+    steps = [(after["tokens"] - before["tokens"], after.get("tokens_per_second")) for before, after in pairwise(rows)]
     known = [(tokens, speed) for tokens, speed in steps if speed]
     if not known:
         return None

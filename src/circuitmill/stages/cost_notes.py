@@ -89,7 +89,7 @@ def _stretched(group: Group, rate: Rate | None) -> bool:
     if rate is None or rate.fixed:
         return False
     longest = max(rate.samples, key=lambda each: each.work)
-    return longest.seconds < _SHORT_JOB and max(work or 0.0 for work in group.works) > _FAR * longest.work
+    return longest.seconds < _SHORT_JOB and max(work or 0.0 for job in group.jobs for work in job) > _FAR * longest.work
 
 
 def _listed(numbers: Iterable[int]) -> str:

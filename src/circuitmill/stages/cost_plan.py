@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from circuitmill.config.run import Run
+from circuitmill.config.site import MOST_SHARDS_PER_JOB
 from circuitmill.errors import ConfigError
 from circuitmill.stages import cost
 from circuitmill.stages import cost_notes as notes
@@ -128,8 +129,11 @@ def plan_run(
         ConfigError: no job of the measured run is finished, or a number makes no sense.
         UpstreamError: a manifest is unreadable.
     """
-    if shards_per_job <= 0:
-        raise ConfigError("a number above 0", found=shards_per_job, where="--shards-per-job", fix="correct the value")
+    sizes = [10**power for power in range(len(str(MOST_SHARDS_PER_JOB)))]
+    if shards_per_job not in sizes:
+        raise ConfigError(
+            "one of " + ", ".join(map(str, sizes)), found=shards_per_job, where="--shards-per-job", fix="choose one"
+        )
     names = {} if shape is None else dict.fromkeys(_models(run), shape)
     found = None if measured is None else measure(measured, names)
     activities = {} if found is None else {variant: found.activity(variant) for variant in run.variants}
@@ -190,15 +194,15 @@ def _usable(found: Measured, group: Group, places: Places) -> Rate | str:
 def _seconds(group: Group, rate: Rate | str, places: Places) -> list[Real]:
     """Of each job."""
     if isinstance(rate, str):
-        return [0.0] * len(group.works)
-    return [rate.seconds(work or 0.0, places.width(group.rule)) for work in group.works]
+        return [0.0] * len(group.jobs)
+    return [sum(rate.seconds(work or 0.0, places.width(group.rule)) for work in job) for job in group.jobs]
 
 
 def _rows(jobs: list[Group], rates: Mapping[Key, Rate | str], found: Measured | None, places: Places) -> Iterator[Jobs]:
     widths = at_once(jobs)
     for rule in dict.fromkeys(group.rule for group in jobs):
         own = [group for group in jobs if group.rule == rule]
-        row = Jobs(rule, sum(len(group.works) for group in own), widths[rule])
+        row = Jobs(rule, sum(len(group.jobs) for group in own), widths[rule])
         here = {group.key: rates.get(group.key, "nothing is measured") for group in own}
         unknown = [rate for rate in here.values() if isinstance(rate, str)]
         if unknown or found is None:

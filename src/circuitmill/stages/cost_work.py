@@ -186,8 +186,25 @@ def encoding(cfg: TrainConfig, n_layers: int, d_model: int) -> float:
     return float(sum(map(len, topology(cfg.architecture, n_layers).reads)) * cfg.n_features * d_model)
 
 
-def decoding(cfg: TrainConfig, n_layers: int, d_model: int, *, finished: bool = False) -> tuple[float, float]:
-    """Multiplications that make a token's reconstruction from all activations: of features, and what is always dense.
+@dataclass(frozen=True)
+class Decoding:
+    """Multiplications that make a token's reconstruction."""
+
+    features: float
+    """Of activations, if all are worked on."""
+    dense: float = 0.0
+    """Of what follows them, whichever are."""
+    inputs: float = 0.0
+    """Of what is read: a skip connection, and transforms before they are weighed."""
+
+    @property
+    def all(self) -> float:
+        """Everything, if all activations are worked on."""
+        return self.features + self.dense + self.inputs
+
+
+def decoding(cfg: TrainConfig, n_layers: int, d_model: int, *, finished: bool = False) -> Decoding:
+    """What decoders of an architecture multiply.
 
     Args:
         cfg: Of the training.
@@ -197,17 +214,15 @@ def decoding(cfg: TrainConfig, n_layers: int, d_model: int, *, finished: bool = 
     """
     form: ArchitectureConfig = cfg.architecture
     who = topology(form, n_layers)
-    dense = float(n_layers * d_model**2) if form.skip else 0.0
+    skip = float(n_layers * d_model**2) if form.skip else 0.0
     if form.topology == "molt":
-        # transforms are applied to all tokens, then weighed
-        numbers = parameters(cfg, n_layers, d_model)
-        return 0.0, dense + sum(each.numel for each in numbers if each.name in ("decoder.U", "decoder.V"))
-    own = float(who.n_pairs * cfg.n_features * d_model)
+        half = {each.name: each.numel for each in parameters(cfg, n_layers, d_model)}
+        return Decoding(0.0, float(half["decoder.U"]), skip + half["decoder.V"])
     if form.decoder == "low_rank":
-        own, dense = float(who.n_sources * cfg.n_features * form.rank), dense + who.n_pairs * form.rank * d_model
-    elif form.decoder == "source" and not (finished or form.pair_scale or form.pair_offset or cfg.base):
-        own = float(who.n_sources * cfg.n_features * d_model)
-    return own, dense
+        outer = float(who.n_pairs * form.rank * d_model)
+        return Decoding(float(who.n_sources * cfg.n_features * form.rank), outer, skip)
+    alike = form.decoder == "source" and not (finished or form.pair_scale or form.pair_offset or cfg.base)
+    return Decoding(float((who.n_sources if alike else who.n_pairs) * cfg.n_features * d_model), 0.0, skip)
 
 
 def train_flops(cfg: TrainConfig, n_layers: int, d_model: int, activity: Activity) -> float:
@@ -215,8 +230,8 @@ def train_flops(cfg: TrainConfig, n_layers: int, d_model: int, activity: Activit
 
     With E multiplications of encoders and D of decoders, if all places are worked on: 4 E + 6 D (forward, and the
     gradients of weights; of D also those of activations). If active features alone are: 2 E to find them, and that in
-    proportion to their share; the counts of benchmarks/README.md, train_step.py. With an adapter E and D are only run
-    forward, and the change is trained.
+    proportion to their share; counted by torch, and by hand in benchmarks/README.md, train_step.py. With an adapter E
+    and D are only run forward, and the change is trained.
 
     The update of parameters is not in it, which costs as much per step however many tokens a step has, nor are terms
     of the loss and measurements.
@@ -225,12 +240,12 @@ def train_flops(cfg: TrainConfig, n_layers: int, d_model: int, activity: Activit
     few = {"dense": 0.0, "sparse": 1.0}.get(cfg.products, activity.few)
     used = (1 - few) + few * share
     reads = encoding(cfg, n_layers, d_model)
-    own, dense = decoding(cfg, n_layers, d_model)
+    own = decoding(cfg, n_layers, d_model)
     if not cfg.adapter_rank:
-        return 2 * few * reads + 4 * used * reads + 6 * used * own + 6 * dense
+        return 2 * few * reads + used * (4 * reads + 6 * own.features) + 6 * own.dense + 4 * own.inputs
     who = topology(cfg.architecture, n_layers)
     first, second = who.n_sources * cfg.n_features * cfg.adapter_rank, who.n_pairs * cfg.adapter_rank * d_model
-    return 2 * reads + 2 * used * own + 2 * dense + 6 * used * first + 6 * second
+    return 2 * (reads + used * own.features + own.dense + own.inputs) + 6 * used * first + 6 * second
 
 
 def _training(setting: Setting) -> Work:
@@ -253,7 +268,7 @@ def _evaluation(setting: Setting) -> Work:
     whole, one_layer = setting.evaluated()
     if not setting.models or not n_layers:
         return None
-    transcoder = 2 * (encoding(cfg, *setting.places) + sum(decoding(cfg, *setting.places, finished=True)))
+    transcoder = 2 * (encoding(cfg, *setting.places) + decoding(cfg, *setting.places, finished=True).all)
     fit = times(whole, total([setting.forward(), transcoder]))
     if cfg.architecture.unreplaceable:
         return fit

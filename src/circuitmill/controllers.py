@@ -1,5 +1,6 @@
 """Which calls of snakemake worked on a run: what `circuitmill status`, `cancel` and `resume` start from."""
 
+import fcntl
 import json
 import os
 import socket
@@ -39,5 +40,11 @@ def record(run: Path, log: str) -> None:
     own = Controller(os.getpid(), socket.gethostname(), now, log, list(sys.argv), str(Path.cwd()))
     path = run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(own)) + "\n")
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        # a line that a crash left unfinished would spoil this one
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(asdict(own)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY
 RUN = "demo_small"
 SHARED = ("toyworld", "tokenize", "calibrate")
 """Stages that no fault is put into."""
-SITE = {"scheduler": "slurm", "partition": "all", "rules": {"run_train": {"mem_mb": 2000}}}
+SITE = {"scheduler": "slurm", "partition": "gpu", "rules": {"run_train": {"mem_mb": 2000}}}
 QUICK = ["--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1"]
 """For a file system and a Slurm on this machine."""
 
@@ -55,7 +55,7 @@ class Snakemake:
         with self._log.open("a") as file:
             self.process = subprocess.Popen(command, cwd=checkout.folder, env=environment(), stdout=file, stderr=file)
 
-    def finish(self, seconds: int = 900) -> str:
+    def finish(self, seconds: int = 1800) -> str:
         """Wait for its success; what it said."""
         try:
             code = self.process.wait(seconds)
@@ -64,12 +64,13 @@ class Snakemake:
             self.process.wait(60)
             raise AssertionError(f"not finished within {seconds} s:\n{self.said()}") from None
         assert code == 0, self.said()
-        return self.said()
+        return self._log.read_text()
 
     def said(self) -> str:
+        """The end of what it has said, for messages."""
         return self._log.read_text()[-20_000:]
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: int = 300, poll: float = 0.1) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, seconds: int = 900, poll: float = 0.1) -> Any:
         """Wait for what is to happen while it runs; returns what the condition gives."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):

@@ -7,19 +7,17 @@ and no processor's, so that their time limit comes.
 import os
 import re
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.slurm.checkouts import RUN, SITE, Checkout, Snakemake, checkout, differences, environment, what_differs
+from tests.slurm.checkouts import RUN, Checkout, Snakemake, checkout, differences, what_differs
 from tests.slurm.conftest import Slurm
 
 from circuitmill.stores.verify import verify
 
 pytestmark = pytest.mark.slow
 
-SHORT = SITE | {"warn_s": 1, "rules": {"run_train": {"mem_mb": 2000, "runtime": 1}}}
+FAULTY = {"scheduler": "slurm", "partition": "cpu", "warn_s": 1, "rules": {"run_train": {"mem_mb": 2000, "runtime": 1}}}
 """Slurm looks at time limits every 30 s: it warns after half a minute and ends after one to one and a half."""
 
 
@@ -32,10 +30,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 
 @pytest.fixture(scope="module")
-def through_slurm(undisturbed: Checkout, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    made = checkout(tmp_path_factory.mktemp("slurm") / "c")
-    made.start("all").finish()
-    return made
+def through_slurm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Snakemake:
+    """The run through Slurm from its first stage, on nodes that stay up; begun."""
+    return checkout(tmp_path_factory.mktemp("slurm") / "c").start("all")
+
+
+@pytest.fixture(scope="module")
+def resumed(undisturbed: Checkout, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Snakemake:
+    """A run whose Snakemake was killed while jobs of shards ran, and that goes on after `circuitmill resume`; begun."""
+    made = checkout(tmp_path_factory.mktemp("killed") / "c", after=undisturbed)
+    run = made.start("all")
+    orphans = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    assert set(orphans) & set(running(slurm, made, "cache_shard"))
+    return Snakemake(made, ["circuitmill", "resume", f"results/{RUN}"])
 
 
 def running(slurm: Slurm, made: Checkout, rule: str) -> list[str]:
@@ -74,19 +83,6 @@ def pending(pid: int, number: signal.Signals) -> bool:
     return any(int(mask, 16) & 1 << (number - 1) for mask in masks)
 
 
-def test_the_run_through_slurm_is_the_local_run(undisturbed: Checkout, through_slurm: Checkout):
-    assert differences(undisturbed, through_slurm) == [], what_differs(undisturbed, through_slurm)
-    assert not verify(through_slurm.results).problems
-    logs = {
-        path.relative_to(through_slurm.folder / ".snakemake/slurm_logs").parts[0] for path in slurm_logs(through_slurm)
-    }
-    assert {"rule_cache_shard", "rule_run_train", "rule_attribute_prompt"} <= logs
-
-
-def slurm_logs(made: Checkout) -> Iterator[Path]:
-    return (made.folder / ".snakemake/slurm_logs").rglob("*.log")
-
-
 def hold_until_warned(run: Snakemake, made: Checkout) -> None:
     """Stop the training until Slurm has warned it, and let it leave with a checkpoint."""
     pid = run.until(lambda: trainer(made), "training", poll=0.01)
@@ -103,17 +99,23 @@ def hold_until_ended(run: Snakemake, made: Checkout) -> None:
     run.until(lambda: not Path(f"/proc/{pid}").exists(), "end by the time limit", seconds=150)
 
 
-def test_cancelled_job_dead_node_time_limits_and_a_restarted_controller(
-    undisturbed: Checkout, slurm_alone: Slurm, tmp_path: Path
+def equal(one: Checkout, other: Checkout) -> None:
+    """All manifests are the same, byte for byte, and all files are as they say."""
+    assert differences(one, other) == [], what_differs(one, other)
+    assert not verify(other.results).problems
+
+
+def test_cancelled_job_dead_node_time_limits_and_a_restarted_scheduler(
+    through_slurm: Snakemake, undisturbed: Checkout, resumed: Snakemake, slurm_alone: Slurm, tmp_path: Path
 ):
+    """The two others run meanwhile, on other nodes."""
     slurm = slurm_alone
-    made = checkout(tmp_path / "c", SHORT, after=undisturbed)
+    made = checkout(tmp_path / "c", FAULTY, after=undisturbed)
     run = made.start("all")
     cancelled = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")[0]
     slurm.run("scancel", cancelled)
 
     hold_until_warned(run, made)
-    # the second training waits or runs while Slurm's controller is killed and started again
     slurm.restart_controller()
     hold_until_ended(run, made)
 
@@ -124,25 +126,19 @@ def test_cancelled_job_dead_node_time_limits_and_a_restarted_controller(
     slurm.node_up(node)
 
     said = run.finish()
-    assert differences(undisturbed, made) == [], what_differs(undisturbed, made)
-    assert not verify(made.results).problems
+    equal(undisturbed, made)
     assert said.count("Error in rule run_train") == 2 and said.count("Error in rule cache_shard") == 1
     assert "Error in rule features_block" not in said  # Slurm's own affair
-    log = (made.results / "logs/main/train.log").read_text()
-    assert re.search(r"continuing after step \d+ of 128", log)
+    assert re.search(r"continuing after step \d+ of 128", (made.results / "logs/main/train.log").read_text())
 
 
-def test_a_killed_snakemake_and_resume(undisturbed: Checkout, slurm: Slurm, tmp_path: Path):
-    made = checkout(tmp_path / "c", after=undisturbed)
-    run = made.start("all")
-    orphans = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
-    assert set(orphans) & set(running(slurm, made, "cache_shard"))
-    command = ["circuitmill", "resume", f"results/{RUN}"]
-    done = subprocess.run(
-        command, cwd=made.folder, env=environment(), capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert differences(undisturbed, made) == [], what_differs(undisturbed, made)
-    assert not verify(made.results).problems
+def test_the_run_through_slurm_is_the_local_run(undisturbed: Checkout, through_slurm: Snakemake):
+    through_slurm.finish()
+    equal(undisturbed, through_slurm.checkout)
+    kept = through_slurm.checkout.folder / ".snakemake/slurm_logs"
+    assert {"rule_cache_shard", "rule_run_train", "rule_attribute_prompt"} <= {path.name for path in kept.iterdir()}
+
+
+def test_a_killed_snakemake_is_resumed(undisturbed: Checkout, resumed: Snakemake):
+    resumed.finish()
+    equal(undisturbed, resumed.checkout)

@@ -107,19 +107,24 @@ def shard(seconds: float = 1500.0, peak: float = 1.5, cpu: float = 1400.0, asked
 @pytest.mark.parametrize(
     ("jobs", "line"),
     [
-        ([shard(peak=0.4), shard(peak=0.91)], "asks 4000 MB, used at most 910 MB in 2 jobs: 1800 MB would do (mem_mb)"),
-        ([shard(peak=0.1)], "asks 4000 MB, used at most 100 MB in 1 job: 1000 MB would do (mem_mb)"),
-        ([shard(peak=3.7)], "asks 4000 MB, used at most 3700 MB in 1 job: 5900 MB is safer (mem_mb)"),
-        ([shard(seconds=200.0)], "asks 60 min, took at most 3.3 min in 1 job: 10 min would do (runtime)"),
-        ([shard(seconds=3300.0)], "asks 60 min, took at most 55 min in 1 job: 110 min is safer (runtime)"),
+        ([shard(peak=0.4), shard(peak=0.91)], "asks 4000 MB, used at most 910 MB in 2 jobs. Would do: {mem_mb: 1800}"),
+        ([shard(peak=0.1)], "asks 4000 MB, used at most 100 MB in 1 job. Would do: {mem_mb: 1000}"),
+        ([shard(peak=3.7)], "asks 4000 MB, used at most 3700 MB in 1 job. Safer: {mem_mb: 5900}"),
+        ([shard(seconds=200.0)], "asks 60 min, took at most 3.3 min in 1 job. Would do: {runtime: 10}"),
+        ([shard(seconds=3300.0)], "asks 60 min, took at most 55 min in 1 job. Safer: {runtime: 110}"),
         (
             [shard(asked=replace(ASKED, cpus=8)), shard(cpu=3100.0, asked=replace(ASKED, cpus=8))],
-            "asks 8 CPUs, kept at most 2.1 busy in 2 jobs: 3 CPUs would do (cpus)",
+            "asks 8 CPUs, kept at most 2.1 busy in 2 jobs. Would do: {cpus: 3}",
+        ),
+        (
+            [shard(seconds=200.0, peak=0.1)],
+            "asks 4000 MB, used at most 100 MB; asks 60 min, took at most 3.3 min in 1 job."
+            " Would do: {mem_mb: 1000, runtime: 10}",
         ),
     ],
 )
 def test_a_request_far_from_what_was_used_is_named(jobs: Sequence[Job], line: str):
-    assert [usage_view.suggestion_text(one) for one in suggested(*jobs)] == [f"cache_shard {line}"]
+    assert usage_view.suggestion_lines(suggested(*jobs)) == [f"cache_shard {line}"]
 
 
 def test_a_request_that_fits_is_not():

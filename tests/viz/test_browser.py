@@ -145,7 +145,7 @@ def test_overview_says_what_jobs_used_of_what_they_asked_for(driver, visit) -> N
     assert len(css(driver, "#used .meter.high")) == 1
     assert "no benchmark file of cache (1 of 4 jobs)" in css(driver, "#usage .notes")[0].text
     css(driver, "#suggestions summary")[0].click()
-    assert "run_train asks 1300 MB, used at most 1200 MB in 1 job: 2200 MB is safer" in css(driver, "#usage")[0].text
+    assert "run_train asks 1300 MB, used at most 1200 MB; asks 1440 min" in css(driver, "#usage")[0].text
 
 
 def test_a_page_without_its_figures_of_time_says_so(driver, copied_site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -143,20 +144,29 @@ def _jobs(jobs: Sequence[Job], usage: RunUsage) -> str:
     return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
 
 
-def suggestion_text(one: Suggestion) -> str:
-    """A line about a request.
+def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
+    """A line per rule; what would do is written as the site file has it.
 
-    >>> suggestion_text(Suggestion("cache_shard", "mem_mb", 4000, 909.6, 8, 1800))
-    'cache_shard asks 4000 MB, used at most 910 MB in 8 jobs: 1800 MB would do (mem_mb)'
+    >>> suggestion_lines([Suggestion("cache_shard", "mem_mb", 4000, 909.6, 8, 1800)])
+    ['cache_shard asks 4000 MB, used at most 910 MB in 8 jobs. Would do: {mem_mb: 1800}']
     """
-    used, unit = {
-        "mem_mb": (f"used at most {one.used:.0f} MB", "MB"),
-        "runtime": (f"took at most {number(one.used, 2)} min", "min"),
-        "cpus": (f"kept at most {number(one.used, 2)} busy", "CPUs"),
-    }[one.resource]
-    jobs = "1 job" if one.jobs == 1 else f"{one.jobs} jobs"
-    verdict = "is safer" if one.low else "would do"
-    return f"{one.rule} asks {one.asked} {unit}, {used} in {jobs}: {one.enough} {unit} {verdict} ({one.resource})"
+    lines = []
+    for rule, group in groupby(found, key=lambda one: one.rule):
+        own = list(group)
+        said = "; ".join(_asked_and_used(one) for one in own)
+        jobs = max(one.jobs for one in own)
+        verdict = "Safer" if any(one.low for one in own) else "Would do"
+        enough = ", ".join(f"{one.resource}: {one.enough}" for one in own)
+        lines.append(f"{rule} {said} in {jobs} {'job' if jobs == 1 else 'jobs'}. {verdict}: {{{enough}}}")
+    return lines
+
+
+def _asked_and_used(one: Suggestion) -> str:
+    if one.resource == "mem_mb":
+        return f"asks {one.asked} MB, used at most {one.used:.0f} MB"
+    if one.resource == "runtime":
+        return f"asks {one.asked} min, took at most {number(one.used, 2)} min"
+    return f"asks {one.asked} CPUs, kept at most {number(one.used, 2)} busy"
 
 
 def document(usage: RunUsage) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def page_data(usage: RunUsage) -> dict[str, Any]:
         "heads": heads(usage),
         "rows": [[asdict(cell) for cell in row] for row in rows(usage)],
         "notes": notes(usage),
-        "suggestions": [suggestion_text(one) for one in usage.suggestions],
+        "suggestions": suggestion_lines(usage.suggestions),
         "predictions": [[one.what, size(one.predicted), size(one.used)] for one in usage.predictions],
     }
 
@@ -218,7 +228,7 @@ def rendered(usage: RunUsage) -> Group:
             expected.add_row(one.what, size(one.predicted), size(one.used))
         parts.append(expected)
     parts += [Text(f"note: {note}") for note in notes(usage)]
-    return Group(*parts, *(Text(suggestion_text(one)) for one in usage.suggestions))
+    return Group(*parts, *(Text(line) for line in suggestion_lines(usage.suggestions)))
 
 
 def _table(title: str, first: str, *others: str) -> Table:

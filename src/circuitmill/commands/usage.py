@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
 
 
 def _usage(arguments: argparse.Namespace) -> None:
-    from circuitmill.stages.run_usage import usage_of_run
+    from circuitmill.stages.report_usage import usage_of_run
     from circuitmill.viz import usage_view
 
     usage = usage_of_run(arguments.folder)

@@ -19,7 +19,7 @@ from typing import Any
 
 from circuitmill.config.report import ReportConfig
 from circuitmill.logs import progress
-from circuitmill.stages.run_usage import usage_of
+from circuitmill.stages.report_usage import usage_of
 from circuitmill.stores.explanations import ExplanationStore
 from circuitmill.stores.features import FeatureStore
 from circuitmill.stores.graphs import read_graph, read_json, write_json

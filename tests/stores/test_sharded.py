@@ -88,3 +88,18 @@ def test_two_pieces_of_one_tensor_never_share_a_file(tmp_path):
     found = torch.zeros(4)
     sharded.read(tmp_path, sharded.read_metadata(tmp_path), {"W": found})
     assert found.tolist() == [0, 1, 2, 3]
+
+
+def test_equal_states_are_equal_files(tmp_path: Path):
+    pieces = {MetadataIndex("W", (0, 0)): Piece(torch.ones(3, 2), (3, 2))}
+    made = set()
+    for number in range(12):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        sharded.write(folder, pieces, None)
+        (file,) = folder.glob("*.safetensors")
+        made.add(file.read_bytes())
+    assert len(made) == 1
+    found = torch.zeros(3, 2)
+    sharded.read(folder, sharded.read_metadata(folder), {"W": found})
+    assert found.equal(torch.ones(3, 2))

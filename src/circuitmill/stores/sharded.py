@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from circuitmill.errors import StoreError
+from circuitmill.stores.tensors import sort_metadata
 
 FILE_BYTES = 256 * 2**20
 """Size of a file. Larger tensors are cut, because a file is put together in memory."""
@@ -341,7 +342,10 @@ class _Writer(HuggingFaceStorageWriter):
             numbers = {"": len(files)} | {item.index.fqn: number for item in items}
             storage = {**plan.storage_data, "fqn_to_index_mapping": numbers}
             try:
-                done += super().write_data(replace(plan, items=items, storage_data=storage), planner).value()
+                made = super().write_data(replace(plan, items=items, storage_data=storage), planner).value()
+                for name in {result.storage_data.relative_path for result in made}:
+                    sort_metadata(Path(str(self.path)) / name)
+                done += made
             except Exception as error:
                 # it travels to all ranks, which not every error can
                 raise RuntimeError(f"{type(error).__name__}: {error}") from error

@@ -1,5 +1,6 @@
 """One safetensors file, written so that a reader never sees half of it and read so that damage has a name."""
 
+import json
 import os
 from pathlib import Path
 
@@ -31,6 +32,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     fsync_path(temporary)
     temporary.replace(path)
     fsync_path(path.parent)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the notes in a file's header in the order of their names: the library leaves them in one of chance.
+
+    Raises:
+        StoreError: they need more room than they had.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:  # it writes them in another way than this does
+            raise StoreError(
+                f"a header of at most {size} bytes", found=len(text), where=path, fix="install the pinned safetensors"
+            )
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import REPOSITORY
+from tests.stages.finished_run import GPU, SECONDS, Finished
 
 from circuitmill import cli
 from circuitmill.config.compose import load_run
@@ -184,3 +185,63 @@ def test_numbers_that_make_no_sense(option: list[str], capsys: pytest.CaptureFix
 def test_no_strategy_is_possible(capsys: pytest.CaptureFixture[str]):
     message = refused(capsys, "experiment=demo", "--cpu", "3")
     assert "no multiple of 3 ranks" in message
+
+
+def test_the_whole_run_in_tables_and_in_json(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    arguments = ["experiment=gpt2", "--gpus", "8", "--results", str(tmp_path)]
+    plan, out = planned(capsys, *arguments), text(capsys, *arguments)
+    tokens = {(row["stage"]): (row["train"], row["heldout"]) for row in plan["tokens"]}
+    assert tokens["tokenize"] == tokens["cache"] == (40_000_512, 1_000_448)
+    assert tokens["train"] == (299_999_232, 0) and "7.5 times the cache" in out
+    jobs = {row["rule"]: row["jobs"] for row in plan["jobs"]["rules"]}
+    assert (jobs["cache_shard"], jobs["features_block"], plan["jobs"]["configure"]) == (164, 24, 9)
+    assert plan["jobs"]["all"] == sum(jobs.values()) + 9 == 233
+    stored = {each["stage"]: each["bytes"] for each in plan["disk"]["stored"]}
+    # two checkpoints of weights and two moments, a third that is being written
+    assert stored["train"] == pytest.approx(3 * 12 * plan["parameters"]["all"], rel=1e-3)
+    assert plan["disk"]["bytes"] == plan["disk"]["left"] == sum(stored.values())
+    assert plan["disk"]["where"] == str(tmp_path) and plan["disk"]["free"] > 0
+    assert "40,000,512" in out and "164 shards" in out and "in each of 24 blocks" in out and "847 GB" in out
+
+
+def test_hours_are_not_known_and_how_they_would_be(capsys: pytest.CaptureFixture[str]):
+    plan = planned(capsys, "experiment=gpt2", "train.seed=5", "--gpus", "8")
+    assert plan["time"]["wall_seconds"] is None and plan["time"]["gpu_seconds"] is None
+    out = text(capsys, "experiment=gpt2", "train.seed=5", "--gpus", "8")
+    assert "Hours are not known" in out and plan["time"]["how_to_measure"] in out
+    assert "train.seed=5 name=gpt2-short" in plan["time"]["how_to_measure"] and "GPU time" not in out
+
+
+def test_hours_from_a_run_on_such_hardware(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    Finished(load_run("gpt2"), tmp_path / "gpt2").all()
+    arguments = ["experiment=gpt2", "--gpus", "4", "--nodes", "2", "--measured", str(tmp_path / "gpt2")]
+    plan, out = planned(capsys, *arguments), text(capsys, *arguments)
+    train = next(row for row in plan["jobs"]["rules"] if row["rule"] == "run_train")
+    assert train["seconds"] == pytest.approx(4 * SECONDS["train"]) and train["scaled"] == pytest.approx(1)
+    assert plan["time"]["gpu_seconds"] > train["seconds"] and plan["time"]["places"] == 8
+    assert plan["time"]["wall_seconds"] == plan["time"]["ends"]["report"] and plan["time"]["unknown"] == []
+    assert "Wall time on 2 nodes x 4 GPUs: " in out and GPU in out and "67 min" in out
+    assert any("not counted in times" in note for note in plan["notes"])
+    assert "at least" not in out.split("Wall time")[1]
+    for option in (["--nodes", "0"], ["--gpus-per-node", "2", "--nodes", "1"], ["--shards-per-job", "3"]):
+        assert option[0] in refused(capsys, *arguments, *option)
+    assert "found no manifest" in refused(capsys, "experiment=gpt2", "--measured", str(tmp_path / "gone"))
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_warned_of(capsys: pytest.CaptureFixture[str]):
+    plan = planned(capsys, "experiment=gpt2", "--gpus", "8", "--disk", "500")
+    (warning,) = plan["warnings"]
+    assert plan["disk"]["short"] and "cache.codec=int4 (469 GB in all)" in warning
+    assert plan["proposal"]["codec"] == "int4" and plan["disk"]["where"] == "--disk"
+    out = text(capsys, "experiment=gpt2", "--gpus", "8", "--disk", "500")
+    assert "WARNING: 847 GB are still to be stored, 500 GB are free (--disk): 347 GB too little" in out
+    assert "more than the disk has" in out
+    fits = planned(capsys, "experiment=gpt2", "cache.codec=int4", "--gpus", "8", "--disk", "500")
+    assert fits["warnings"] == [] and not fits["disk"]["short"]
+
+
+def test_sizes_that_are_not_known(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    unlimited = ["tokenize.max_train_tokens=null", "cache.train_tokens=null"]
+    plan, out = (asked(capsys, "experiment=gpt2", *unlimited, "--gpus", "8") for asked in (planned, text))
+    assert plan["disk"]["unknown"] == ["tokenize", "cache"] and plan["tokens"][0]["train"] is None
+    assert "all there are" in out and "size not known: tokenize, cache" in out

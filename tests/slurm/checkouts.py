@@ -28,14 +28,15 @@ class Checkout:
     """A folder like a checkout."""
 
     folder: Path
+    run: str = RUN
 
     @property
     def results(self) -> Path:
-        return self.folder / "results" / RUN
+        return self.folder / "results" / self.run
 
     def start(self, *arguments: str, profile: str = "slurm", settings: str = "") -> "Snakemake":
         """Begin a snakemake of the run in the background; `settings` are its overrides."""
-        config = [f"run={RUN}", *([f"set={settings}"] if settings else [])]
+        config = [f"run={self.run}", *([f"set={settings}"] if settings else [])]
         where = ["--profile", f"profiles/{profile}", *QUICK] if profile else ["--cores", "2"]
         return Snakemake(self, [sys.executable, "-m", "snakemake", *where, *arguments, "--config", *config])
 

@@ -8,6 +8,8 @@ import re
 import signal
 import sys
 
+import circuitmill
+from circuitmill.config.deployment import job_prefix
 from circuitmill.config.site import full_groups, gpus_here, growing, load_site, memory_here_mb
 from circuitmill.controllers import record
 
@@ -19,10 +21,15 @@ signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 GPUS = gpus_here() if SITE is not None and SITE.scheduler == "local" else ()
 
-# A job finds the interpreter that snakemake runs on, also when its environment was not activated; in a container
-# that folder does not exist and the image's own interpreter comes next.
+METHODS = {method.name for method in workflow.deployment_settings.deployment_method}
+
 shell.prefix(
-    f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; "
+    job_prefix(
+        METHODS,
+        python=Path(sys.executable),
+        source=Path(circuitmill.__file__).parents[1],
+        modules=() if SITE is None else SITE.modules,
+    )
     + (f"export CIRCUITMILL_GPUS={','.join(GPUS)} CIRCUITMILL_RULE_GPUS={SITE.shares(len(GPUS))}; " if GPUS else "")
 )
 
@@ -62,9 +69,8 @@ def image(name):
 
 def image_behind_srun(name):
     """Container and apptainer's arguments of a rule's steps; nothing if they start inside, or there is no container."""
-    deployment = workflow.deployment_settings
-    methods = {method.name for method in deployment.deployment_method}
-    return (IMAGE, deployment.apptainer_args) if several_nodes(name) and "APPTAINER" in methods else ()
+    behind = several_nodes(name) and "APPTAINER" in METHODS
+    return (IMAGE, workflow.deployment_settings.apptainer_args) if behind else ()
 
 
 def together(name):

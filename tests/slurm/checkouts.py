@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY
 RUN = "demo_small"
 SHARED = ("toyworld", "tokenize", "calibrate")
 """Stages that no fault is put into."""
-SITE = {"scheduler": "slurm", "partition": "gpu", "rules": {"run_train": {"mem_mb": 2000}}}
+SITE = {"scheduler": "slurm", "partition": "gpu", "max_mem_mb": 1900}
 QUICK = ["--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1"]
 """For a file system and a Slurm on this machine."""
 

@@ -10,14 +10,14 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.slurm.checkouts import RUN, Checkout, Snakemake, checkout, differences, what_differs
+from tests.slurm.checkouts import RUN, SITE, Checkout, Snakemake, checkout, differences, what_differs
 from tests.slurm.conftest import Slurm
 
 from circuitmill.stores.verify import verify
 
 pytestmark = pytest.mark.slow
 
-FAULTY = {"scheduler": "slurm", "partition": "cpu", "warn_s": 1, "rules": {"run_train": {"mem_mb": 2000, "runtime": 1}}}
+FAULTY = SITE | {"partition": "cpu", "warn_s": 1, "rules": {"run_train": {"runtime": 1}}}
 """Slurm looks at time limits every 30 s: it warns after half a minute and ends after one to one and a half."""
 
 

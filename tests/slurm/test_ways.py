@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def copied(tiny_run: Path, folder: Path, site: dict[str, Any], *removed: str) -> Checkout:
     """The finished tiny run with another site file, without the results of some stages."""
     shutil.copytree(tiny_run, folder, copy_function=shutil.copy2)
-    (folder / "profiles/slurm/site.yaml").write_text(yaml.safe_dump({"scheduler": "slurm"} | site))
+    (folder / "profiles/slurm/site.yaml").write_text(yaml.safe_dump({"scheduler": "slurm", "max_mem_mb": 1900} | site))
     made = Checkout(folder, "tiny")
     for name in removed:
         shutil.rmtree(made.results / name)

@@ -86,26 +86,35 @@ def test_rules_that_the_profile_gives_gpus():
     assert {name for name, own in rules.items() if own.get("gpus") or own.get("all_gpus")} == set(GPU_RULES)
 
 
-def test_what_waits_for_what():
-    run = load_run("architectures")
-    needs = {group.key: group.needs for group in jobs(run)}
+VARIANTS = (
+    "{clt:[],plt:['train=plt'],skip:['train=skip'],adapter:['train=adapter'],long:['train.base=clt'],"
+    "sae:['cache=resid_post','train=sae'],crosscoder:['cache=resid_post','train=crosscoder']}"
+)
+
+
+@pytest.fixture(scope="module")
+def variants() -> Run:
+    return load_run("demo", [f"+variants={VARIANTS}"])
+
+
+def test_what_waits_for_what(variants: Run):
+    needs = {group.key: group.needs for group in jobs(variants)}
     assert needs["run_tokenize", ""] == (("run_toyworld", ""),)
     assert ("run_cache", "sae") in needs["run_train", "crosscoder"]
     assert ("run_train", "clt") in needs["run_train", "adapter"]
     assert ("features_block", "plt") in needs["run_features", "plt"]
-    assert set(needs["run_report", "clt"]) >= {("run_evaluate", "molt"), ("run_cache", "model_diff")}
+    assert set(needs["run_report", "clt"]) >= {("run_evaluate", "plt"), ("run_cache", "sae")}
     # a transcoder that cannot be traced has no graphs to gather
     assert not any(key[0] == "attribute_prompt" for key in needs["run_attribute", "skip"])
     known = set(needs)
     assert all(need in known for own in needs.values() for need in own)
 
 
-def test_jobs_that_do_not_wait_for_each_other():
-    run = load_run("architectures")
-    found, bases = at_once(jobs(run)), {run.base(variant) for variant in run.variants} - {""}
-    assert bases == {"architectures/clt"}
-    # the one that others start from waits for none of them, but they for it
-    assert found["run_train"] == 21 and found["run_evaluate"] == 22 and found["cache_shard"] == 6
+def test_jobs_that_do_not_wait_for_each_other(variants: Run):
+    found = at_once(jobs(variants))
+    assert {variants.base(variant) for variant in variants.variants} == {"", "demo/clt"}
+    # the one that two others start from waits for none of them, but they for it
+    assert found["run_train"] == 6 and found["run_evaluate"] == 7 and found["cache_shard"] == 10
 
 
 def group(rule: str, seconds: list[float], *needs: str) -> tuple[Group, list[float]]:

@@ -3,10 +3,11 @@
 # make check   format, lint, types, floors, fast tests
 # make fmt     format everything
 # make docs    rewrite the generated pages
+# make rulegraph  draw docs/images/rulegraph.svg anew (needs graphviz)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := demo
-.PHONY: demo test check fmt docs env dev clean
+.PHONY: demo test check fmt docs rulegraph env dev clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -56,6 +57,10 @@ fmt: dev
 
 docs: dev
 	python -m pytest tests/docs --fix -q
+
+rulegraph: dev
+	rm -f docs/images/rulegraph.svg
+	python -m pytest tests/docs/test_rulegraph.py --fix -q
 
 clean:
 	rm -rf results .snakemake

@@ -18,6 +18,9 @@ include: "workflow/rules/where.smk"
 container: IMAGE
 
 
+report: "workflow/report/workflow.rst"
+
+
 # The first rule is what a bare `snakemake` makes.
 rule all:
     """The report of every variant, and everything it is made from."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitmill import gpus
+from circuitmill.config.resources import gpus_per_node
 from circuitmill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ STOP_S = 120.0
 """Seconds that ranks have to write a checkpoint and leave after SIGTERM or SIGINT, or once one of them has left so."""
 LAST_WORDS_S = 45.0
 """Seconds that ranks have to leave by themselves once one has failed; longer than they need to miss a heartbeat."""
-
-_GPUS = re.compile(r"\bgpu(:[a-zA-Z][\w.]*)?(:(?P<number>\d+))?(,|$)")
-"""In Slurm's word for what a job has on each node: gpu, gpu:4, gpu:a100:4."""
 
 _log = logging.getLogger(__name__)
 
@@ -134,8 +132,7 @@ def ranks_per_node(resources: Mapping[str, Any]) -> int:
     Args:
         resources: Of the job, by Snakemake's names: gpu on one node, gres on several.
     """
-    found = _GPUS.search(str(resources.get("gres", "")))
-    return max(1, resources.get("gpu", 0) if found is None else int(found["number"] or 1))
+    return max(1, gpus_per_node(resources))
 
 
 def srun(resources: Mapping[str, Any], image: str = "", arguments: str = "") -> str:

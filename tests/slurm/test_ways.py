@@ -1,4 +1,4 @@
-"""Other ways through Slurm: a training on two nodes, shards together and in arrays, a preempted job, the words of a site."""
+"""Other ways through Slurm: two nodes, shards together and in arrays, a preempted job, the words of a site."""
 
 import shutil
 from pathlib import Path

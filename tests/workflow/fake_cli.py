@@ -8,6 +8,13 @@ import os
 import sys
 from pathlib import Path
 
+BESIDE = {
+    "attribute": ["graph.json"],
+    "evaluate": [f"plots/{name}.svg" for name in ("explained_variance", "l0", "density")],
+    "report": ["tables.html"],
+}
+"""Declared outputs of a stage besides manifests."""
+
 
 def values(arguments: list[str], flag: str) -> list[str]:
     given = arguments[arguments.index(flag) + 1 :]
@@ -23,8 +30,9 @@ def main() -> int:
             at = own.index("train")
             (out / "launch.json").write_text(json.dumps(own[:at]))
             own = own[at:]
-        if "--prompt" in own:
-            (out / "graph.json").write_text("{}")
+        for name in BESIDE.get(own[0], ()) if own[0] != "attribute" or "--prompt" in own else ():
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text("{}")
         if gpus := os.environ.get("CIRCUITMILL_GPUS"):
             (out / "gpus.json").write_text(json.dumps([gpus, os.environ["CIRCUITMILL_RULE_GPUS"]]))
         (out / "manifest.json").write_text(json.dumps(own))

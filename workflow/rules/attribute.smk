@@ -19,7 +19,7 @@ rule attribute_prompt:
         interpret=upstream("interpret"),
     output:
         manifest=unit_manifest("attribute"),
-        graph=f"{unit_folder('attribute')}/graph.json",
+        graph=shown("attribute", f"{unit_folder('attribute')}/graph.json", prompt="{prompt}"),
     log:
         log_file("attribute", unit=True),
     benchmark:

@@ -27,8 +27,7 @@ def folder(name):
 
 def unit_folder(name):
     """Folder of one unit of a stage, with the unit as a wildcard."""
-    unit = stage(name).unit
-    return f"{folder(name)}/{unit}/{{{unit}}}"
+    return f"{folder(name)}/{stage(name).unit}/{{{stage(name).unit}}}"
 
 
 def manifest(name):
@@ -57,12 +56,11 @@ def base():
 
 def unit_manifests(name):
     """Input function: the outputs of all units of a stage, known from the configuration alone."""
-
-    def of(wildcards):
-        variant = getattr(wildcards, "variant", "")
-        return expand(unit_manifest(name), variant=variant, **{stage(name).unit: RUN.config(name, variant).units()})
-
-    return of
+    return lambda wildcards: expand(
+        unit_manifest(name),
+        variant=getattr(wildcards, "variant", ""),
+        **{stage(name).unit: RUN.config(name, getattr(wildcards, "variant", "")).units()},
+    )
 
 
 def frozen(name):
@@ -90,6 +88,12 @@ def benchmark_file(name, unit=False):
 def beside(wildcards, output):
     """Params function: the folders of the manifests, which belong to the job."""
     return [str(Path(path).parent) for path in output if path.endswith("manifest.json")]
+
+
+def shown(name, file, **labels):
+    """An output that `snakemake --report` shows, under its stage and with the caption of its name; labels are columns."""
+    caption = f"../report/{Path(file).stem}.rst"
+    return report(file, caption=caption, category=name, labels={"variant": "{variant}", **labels})
 
 
 def targets(name):

@@ -16,6 +16,9 @@ rule run_evaluate:
         train=upstream("train"),
     output:
         manifest=manifest("evaluate"),
+        ev=shown("evaluate", f"{folder('evaluate')}/plots/explained_variance.svg", figure="Explained variance"),
+        l0=shown("evaluate", f"{folder('evaluate')}/plots/l0.svg", figure="L0"),
+        density=shown("evaluate", f"{folder('evaluate')}/plots/density.svg", figure="Density"),
     log:
         log_file("evaluate"),
     benchmark:

@@ -3,7 +3,7 @@
 Inputs:  results/<run>/<variant>/config/report.yaml, the manifests of every stage before,
          and of evaluate of the run's other variants; if variants differ in a shared stage also, of all variants, the
          manifests of that stage, train, evaluate and attribute
-Outputs: results/<run>/<variant>/report/manifest.json; beside it index.html
+Outputs: results/<run>/<variant>/report/manifest.json; beside it index.html, tables.html
 """
 
 
@@ -23,6 +23,7 @@ rule run_report:
         study=study(),
     output:
         manifest=manifest("report"),
+        tables=shown("report", f"{folder('report')}/tables.html", table="Figures"),
     log:
         log_file("report"),
     benchmark:
@@ -37,8 +38,10 @@ rule run_report:
     params:
         revision=stage("report").revision,
         out=beside,
+        benchmarks=f"{RESULTS}/benchmarks",
     shell:
         "python -m circuitmill report --config {input.config} --toyworld {input.toyworld}"
         " --tokenize {input.tokenize} --cache {input.cache} --train {input.train} --evaluate {input.evaluate}"
         " --features {input.features} --interpret {input.interpret} --attribute {input.attribute}"
-        " --siblings {input.siblings} --study {input.study} --out {params.out} 2>&1 | tee {log} >&2"
+        " --siblings {input.siblings} --study {input.study} --benchmarks {params.benchmarks}"
+        " --out {params.out} 2>&1 | tee {log} >&2"

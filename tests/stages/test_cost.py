@@ -88,7 +88,8 @@ def test_the_finest_codec_that_fits_is_proposed(free, tmp_path: Path):
 
 
 def test_what_variants_set_themselves_is_not_proposed(free, tmp_path: Path):
-    run = load_run("codec_study")
+    run = load_run("demo", ["+variants={fine:['cache.codec=bf16'],coarse:['cache.codec=int4']}"])
+    assert len(run.stages["cache"]) == 2
     free(needed(run, tmp_path) - 1)
     text = short_of_disk(run, tmp_path) or ""
     assert "cache.codec" not in text and "cache.targets=recomputed" in text

@@ -215,10 +215,15 @@ def _shards_left(run: Run, home: str, setting: Setting, folder: Path) -> int:
     """Bytes of the shards that are not there; of an unfinished one, what it has written counts as there."""
     cfg: CacheConfig = setting.configs["cache"]
     each, left = cost_sizes.on_disk(cfg, *setting.places), 0
+    shards = _folder(folder, home, "cache") / "shard"
+    # one look at the folder instead of one at each of thousands
+    begun = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
     for name, tokens in setting.shards().items():
-        if not _finished(run, "cache", home, folder, unit=f"shard/{name}"):
-            there = _bytes_in(_folder(folder, home, "cache") / "shard" / name)
-            left += max(0, (tokens or 0) * each - there)
+        whole = (tokens or 0) * each
+        if name not in begun:
+            left += whole
+        elif not _finished(run, "cache", home, folder, unit=f"shard/{name}"):
+            left += max(0, whole - _bytes_in(shards / name))
     return left
 
 

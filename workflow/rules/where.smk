@@ -12,6 +12,8 @@ import circuitmill
 from circuitmill.config.deployment import job_prefix
 from circuitmill.config.site import full_groups, gpus_here, growing, load_site, memory_here_mb
 from circuitmill.controllers import record
+from circuitmill.stages.cost import short_of_disk
+from snakemake.logging import logger
 
 SITE = load_site(config.get("where"))
 
@@ -92,3 +94,5 @@ def units_made(wildcards, output):
 
 onstart:
     record(Path(RESULTS), log[0])
+    if shortage := short_of_disk(RUN, Path(RESULTS)):
+        logger.warning(shortage)

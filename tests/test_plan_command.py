@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import REPOSITORY
-from tests.stages.finished_run import GPU, SECONDS, Finished
+from tests.stages.finished_run import FEW_JOBS, GPU, SECONDS, Finished
 
 from circuitmill import cli
 from circuitmill.config.compose import load_run
@@ -213,8 +213,8 @@ def test_hours_are_not_known_and_how_they_would_be(capsys: pytest.CaptureFixture
 
 
 def test_hours_from_a_run_on_such_hardware(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    Finished(load_run("gpt2"), tmp_path / "gpt2").all()
-    arguments = ["experiment=gpt2", "--gpus", "4", "--nodes", "2", "--measured", str(tmp_path / "gpt2")]
+    Finished(load_run("gpt2", FEW_JOBS), tmp_path / "gpt2").all()
+    arguments = ["experiment=gpt2", *FEW_JOBS, "--gpus", "4", "--nodes", "2", "--measured", str(tmp_path / "gpt2")]
     plan, out = planned(capsys, *arguments), text(capsys, *arguments)
     train = next(row for row in plan["jobs"]["rules"] if row["rule"] == "run_train")
     assert train["seconds"] == pytest.approx(4 * SECONDS["train"]) and train["scaled"] == pytest.approx(1)

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from circuitmill.config.run import Run
 from circuitmill.pipeline import STAGES
 from circuitmill.stages.cost import settings_of
+from circuitmill.stages.cost_work import Setting
 from circuitmill.stores.manifest import Manifest, StageOutput, load_manifest
 
 GPU = "NVIDIA H200"
@@ -23,6 +25,8 @@ SECONDS = {
     "attribute": 40.0,
 }
 GATHER = 2.5
+FEW_JOBS = ["cache.train_shards=20", "cache.heldout_shards=2", "features.blocks=4"]
+"""For runs with many: 22 shards and 4 blocks."""
 
 
 @dataclass
@@ -82,8 +86,12 @@ class Finished:
         timing = {"wall_seconds": seconds, "peak_memory_bytes": 1, "device": device, "ranks": ranks}
         (folder / "timing.json").write_text(json.dumps({**timing, "continued": continued}))
 
+    @cached_property
+    def _settings(self) -> dict[str, Setting]:
+        return settings_of(self.run, Path("nobody has run this"))
+
     def _counts(self, stage: str, variant: str) -> dict:
-        setting = settings_of(self.run, self.folder)[variant]
+        setting = self._settings[variant]
         if stage == "tokenize":
             return {"sequences": dict(setting.sequences)}
         if stage in ("calibrate", "cache"):

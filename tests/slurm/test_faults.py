@@ -7,6 +7,7 @@ and no processor's, so that their time limit comes.
 import os
 import re
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from circuitmill.stores.verify import verify
 
 pytestmark = pytest.mark.slow
 
-FAULTY = SITE | {"partition": "cpu", "warn_s": 1, "rules": {"run_train": {"runtime": 1}}}
-"""Slurm looks at time limits every 30 s: it warns after half a minute and ends after one to one and a half."""
+FAULTY = SITE | {"partition": "cpu", "warn_s": 1, "rules": {"run_train": {"runtime": 2}}}
+"""Slurm looks at time limits every 30 s: it warns half a minute early or less, and ends half a minute late or less."""
 
 
 @pytest.fixture(scope="module")
@@ -71,26 +72,20 @@ def trainer(made: Checkout) -> int | None:
     return None
 
 
-def pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a stopped process has been sent a signal."""
-    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return any(int(mask, 16) & 1 << (number - 1) for mask in masks)
-
-
-def hold_until_warned(run: Snakemake, made: Checkout) -> None:
-    """Stop the training until Slurm has warned it, and let it leave with a checkpoint."""
+def hold(run: Snakemake, made: Checkout, *, through_the_warning: bool) -> None:
+    """Stop the training until Slurm ends it: by its warning, which wakes it up, or else by the time limit itself."""
     pid = run.until(lambda: trainer(made), "training", poll=0.01)
     os.kill(pid, signal.SIGSTOP)
-    run.until(lambda: pending(pid, signal.SIGUSR1), "warning of the time limit", seconds=100)
-    os.kill(pid, signal.SIGCONT)
-    run.until(lambda: not Path(f"/proc/{pid}").exists(), "end after the warning", seconds=60)
 
+    def gone() -> bool:
+        if not Path(f"/proc/{pid}").exists():
+            return True
+        if through_the_warning:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        return False
 
-def hold_until_ended(run: Snakemake, made: Checkout) -> None:
-    """Stop the training and leave it so until its time limit ends it."""
-    pid = run.until(lambda: trainer(made), "second training", poll=0.01)
-    os.kill(pid, signal.SIGSTOP)
-    run.until(lambda: not Path(f"/proc/{pid}").exists(), "end by the time limit", seconds=150)
+    run.until(gone, "end of the training by its time limit", seconds=400, poll=0.01)
 
 
 def equal(one: Checkout, other: Checkout) -> None:
@@ -109,9 +104,9 @@ def test_cancelled_job_dead_node_time_limits_and_a_restarted_scheduler(
     cancelled = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")[0]
     slurm.run("scancel", cancelled)
 
-    hold_until_warned(run, made)
+    hold(run, made, through_the_warning=False)
     slurm.restart_controller()
-    hold_until_ended(run, made)
+    hold(run, made, through_the_warning=True)
 
     lost = run.until(lambda: running(slurm, made, "features_block"), "job of a block")[0]
     node = slurm.job(lost).nodes

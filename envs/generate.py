@@ -18,12 +18,12 @@ from packaging.utils import canonicalize_name
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTROLLER = {"snakemake", "snakemake-executor-plugin-slurm"}
 """What starts jobs; jobs themselves do not need it."""
-INTERPRET = {"numpy", "pyarrow", "jaxtyping", "pyyaml", "rich"}
-"""Stage interpret reads and writes tables; it runs no model."""
+INTERPRET = {"torch", "numpy", "pyarrow", "jaxtyping", "pyyaml", "rich"}
+"""Stage interpret reads and writes tables and runs no model; torch is how any stage asks which rank it is."""
 PYTHON = "3.11"
 PURPOSE = {
     "core": "all stages but interpret: what the container has, without Snakemake",
-    "interpret": "stage interpret, which runs no model and needs no torch",
+    "interpret": "stage interpret, which reads and writes tables and runs no model",
     "dev": "this checkout's development: afterwards `pip install --no-deps -e .` in it",
 }
 

@@ -18,8 +18,12 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()
 ]
-ELSEWHERE = ("git clone", "make demo", "make test", ". .venv/bin/activate", "circuitmill serve")
-"""Set-up, the two commands that the continuous integration runs themselves, and a server (tests/viz/test_serve.py)."""
+ELSEWHERE = (
+    *("git clone", "make demo", "make test", ". .venv/bin/activate", "circuitmill serve"),
+    *("circuitmill status results/gpt2", "circuitmill cancel", "circuitmill resume", "snakemake all --report"),
+)
+"""Set-up, the two commands that the continuous integration runs themselves, a server (tests/viz/test_serve.py), what is
+for a run at work (tests/cluster, tests/slurm), and Snakemake's report (tests/workflow/test_snakemake_report.py)."""
 
 
 def test_the_two_commands_are_there():
@@ -33,6 +37,9 @@ def test_the_two_commands_are_there():
 def test_command_runs(command: str, tiny_run: Path, tmp_path: Path):
     folder = tmp_path / "c"
     shutil.copytree(tiny_run, folder, copy_function=shutil.copy2)
+    if "profiles/slurm" in command and not command.startswith("cp"):
+        site = folder / "profiles/slurm/site"
+        shutil.copy(site.with_suffix(".example.yaml"), site.with_suffix(".yaml"))
     words = shlex.split(command.replace("demo", "tiny"))
     if words[0] == "snakemake":
         # planning is the command's own part; that jobs run is tested once, by the run that made this folder

@@ -1,12 +1,8 @@
 """What a site file makes of the workflow: jobs of several shards, GPUs and memory of one machine, Slurm's resources."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -109,27 +105,6 @@ def test_every_call_is_noted(finished_workflow: Workflow):
     first = json.loads(lines[0])
     assert first["folder"] == str(finished_workflow.folder) and "all" in first["argv"]
     assert (finished_workflow.folder / first["log"]).is_file()
-
-
-def test_a_warning_does_not_end_snakemake(workflow: Workflow):
-    """Slurm sends it to all processes of a step, and Snakemake is one of them."""
-    slow = "import os, signal, sys, time\nfrom circuitmill.real import main as real\n\n\ndef main():\n"
-    slow += "    if 'train' in sys.argv:\n        os.kill(os.getppid(), signal.SIGUSR1)\n"
-    slow += "        [os.kill(int(pid), signal.SIGUSR1) for pid in open(os.environ['PIDS']).read().split()]\n"
-    slow += "        time.sleep(1)\n    return real()\n"
-    package = workflow.folder / "src/circuitmill"
-    (package / "cli.py").rename(package / "real.py")
-    (package / "cli.py").write_text(slow)
-    shutil.rmtree(workflow.folder / "results/demo/main/train")
-    pids = workflow.folder / "pids"
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "train", "--config", "run=demo"]
-    environment = {**os.environ, "PYTHONPATH": str(workflow.folder / "src"), "PIDS": str(pids)}
-    with subprocess.Popen(command, cwd=workflow.folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        pids.write_text(str(process.pid))
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert signal.SIGUSR1.name not in said
-    assert (workflow.folder / "results/demo/main/train/manifest.json").is_file()
 
 
 def test_touching_a_finished_run_leaves_it_finished(workflow: Workflow):

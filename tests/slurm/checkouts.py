@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.numpy import load_file
 from tests.conftest import REPOSITORY
 
 RUN = "demo_small"
@@ -39,6 +40,19 @@ class Checkout:
         config = [f"run={self.run}", *([f"set={settings}"] if settings else [])]
         where = ["--profile", f"profiles/{profile}", *QUICK] if profile else ["--cores", "2"]
         return Snakemake(self, [sys.executable, "-m", "snakemake", *where, *arguments, "--config", *config])
+
+    def processes(self, *words: str) -> dict[int, list[str]]:
+        """Process id -> command of those that run in this folder with all these words in their command."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                command, folder = (entry / "cmdline").read_bytes().split(b"\0"), str((entry / "cwd").readlink())
+            except OSError:  # not a process, one that has just ended, or the system's own
+                continue
+            said = [word.decode(errors="replace") for word in command]
+            if folder == str(self.folder) and set(words) <= set(said):
+                found[int(entry.name)] = said
+        return found
 
     def manifests(self, *stages: str) -> dict[str, str]:
         """Path -> text of every manifest, of some stages or of all; times are in other files."""
@@ -108,6 +122,33 @@ def checkout(folder: Path, site: Mapping[str, Any] = SITE, *, after: Checkout | 
             after.folder / ".snakemake/metadata", folder / ".snakemake/metadata", copy_function=shutil.copy2
         )
     return made
+
+
+def copied(finished: Path, folder: Path, site: Mapping[str, Any], *removed: str) -> Checkout:
+    """The finished tiny run with another site file, without the results of some stages."""
+    shutil.copytree(finished, folder, copy_function=shutil.copy2)
+    asked = {"scheduler": "slurm", "max_mem_mb": SITE["max_mem_mb"], **site}
+    (folder / "profiles/slurm/site.yaml").write_text(yaml.safe_dump(asked))
+    made = Checkout(folder, "tiny")
+    for name in removed:
+        shutil.rmtree(made.results / name)
+    return made
+
+
+def same_model(one: Checkout, other: Checkout, tolerance: float = 1e-5) -> None:
+    """Both trained the same values, relative to the largest of each array.
+
+    Raises:
+        AssertionError: they did not.
+    """
+    own, others = (made.results / "main/train/model" for made in (one, other))
+    names = sorted(path.name for path in own.glob("*.safetensors"))
+    assert names and names == sorted(path.name for path in others.glob("*.safetensors"))
+    for name in names:
+        first, second = load_file(own / name), load_file(others / name)
+        for key in first:
+            apart = abs(first[key] - second[key]).max()
+            assert apart <= tolerance * max(1.0, abs(first[key]).max()), (name, key, apart)
 
 
 def differences(one: Checkout, other: Checkout) -> list[str]:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pytest
 from filelock import FileLock
+from tests.containers.conftest import image  # noqa: F401 - a fixture of tests here too
 
 SCRIPT = Path(__file__).with_name("cluster")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "squeue", "sbatch")

@@ -62,14 +62,8 @@ def trainer(made: Checkout) -> int | None:
     metrics = made.results / "main/train/metrics.jsonl"
     if not metrics.is_file() or (made.results / "main/train/manifest.json").exists():
         return None
-    for entry in Path("/proc").iterdir():
-        try:
-            command, folder = (entry / "cmdline").read_bytes().split(b"\0"), str((entry / "cwd").readlink())
-        except OSError:  # not a process, one that has just ended, or the system's own
-            continue
-        if folder == str(made.folder) and {b"circuitmill", b"train"} <= set(command) and b"launch" not in command:
-            return int(entry.name)
-    return None
+    found = [pid for pid, command in made.processes("circuitmill", "train").items() if "launch" not in command]
+    return found[0] if found else None
 
 
 def hold(run: Snakemake, made: Checkout, *, through_the_warning: bool) -> None:

@@ -1,26 +1,12 @@
 """Other ways through Slurm: two nodes, shards together and in arrays, a preempted job, the words of a site."""
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from safetensors.numpy import load_file
-from tests.slurm.checkouts import Checkout, checkout, differences, what_differs
+from tests.slurm.checkouts import Checkout, checkout, copied, differences, same_model, what_differs
 from tests.slurm.conftest import Slurm
 
 pytestmark = pytest.mark.slow
-
-
-def copied(tiny_run: Path, folder: Path, site: dict[str, Any], *removed: str) -> Checkout:
-    """The finished tiny run with another site file, without the results of some stages."""
-    shutil.copytree(tiny_run, folder, copy_function=shutil.copy2)
-    (folder / "profiles/slurm/site.yaml").write_text(yaml.safe_dump({"scheduler": "slurm", "max_mem_mb": 1900} | site))
-    made = Checkout(folder, "tiny")
-    for name in removed:
-        shutil.rmtree(made.results / name)
-    return made
 
 
 def test_two_nodes_train_what_one_does(tiny_run: Path, slurm: Slurm, tmp_path: Path):
@@ -34,13 +20,7 @@ def test_two_nodes_train_what_one_does(tiny_run: Path, slurm: Slurm, tmp_path: P
     run.finish()
     log = (made.results / "logs/main/train.log").read_text()
     assert "2 ranks" in log, log
-    own, other = (Path(one) / "results/tiny/main/train/model" for one in (tiny_run, made.folder))
-    names = sorted(path.name for path in own.glob("*.safetensors"))
-    assert names == sorted(path.name for path in other.glob("*.safetensors"))
-    for name in names:
-        one, two = load_file(own / name), load_file(other / name)
-        for key in one:
-            assert abs(one[key] - two[key]).max() <= 1e-5 * max(1.0, abs(one[key]).max()), (name, key)
+    same_model(Checkout(tiny_run, "tiny"), made)
 
 
 def test_arrays_and_jobs_of_several_shards(slurm: Slurm, tiny_run: Path, tmp_path: Path):

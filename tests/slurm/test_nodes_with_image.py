@@ -1,0 +1,27 @@
+"""Training on two nodes in the image: srun starts on the nodes, and the container behind it."""
+
+from pathlib import Path
+
+import pytest
+from tests.containers.conftest import Image
+from tests.slurm.checkouts import Checkout, copied, same_model
+from tests.slurm.conftest import Slurm
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_nodes_train_in_the_image(image: Image, slurm: Slurm, tiny_run: Path, tmp_path: Path):
+    rules = {"run_train": {"nodes": 2, "gpus": 1, "mem_mb": 1500}}
+    made = copied(tiny_run, tmp_path / "c", {"gpu_partition": "gpu", "rules": rules}, "main/train")
+    (made.folder / "containers").mkdir()
+    (made.folder / "containers/circuitmill.sif").symlink_to(image.sif)
+    run = made.start("train", "--software-deployment-method", "apptainer")
+
+    def in_the_image() -> bool:
+        ranks = [said for said in made.processes("circuitmill", "train").values() if "launch" not in said]
+        return len(ranks) == 2 and all(said[0] == "/opt/venv/bin/python" for said in ranks)
+
+    run.until(in_the_image, "two ranks in the image", poll=0.01)
+    run.finish()
+    assert "2 ranks" in (made.results / "logs/main/train.log").read_text()
+    same_model(Checkout(tiny_run, "tiny"), made)

@@ -12,6 +12,7 @@ from typing import Any
 from circuitmill.config.cache import CacheConfig
 from circuitmill.config.run import Run
 from circuitmill.config.train import TrainConfig
+from circuitmill.errors import UpstreamError
 from circuitmill.pipeline import OPTIONAL_UPSTREAM
 from circuitmill.stages import cost_sizes
 from circuitmill.stages.cost_models import ModelShape, model_shape, n_places
@@ -151,12 +152,15 @@ def _folder(folder: Path, home: str, stage: str) -> Path:
 
 
 def _finished(run: Run, stage: str, home: str, folder: Path, unit: str = "") -> Manifest | None:
-    """The manifest of a job that has been done with this configuration."""
+    """The manifest of a job that has been done with this configuration.
+
+    One that cannot be read counts as missing: it says nothing, and whatever needs it will refuse it.
+    """
     path = _folder(folder, home, stage)
-    path = path / unit / NAME if unit else path / NAME
-    if not path.is_file():
+    try:
+        manifest, _ = read_manifest(path / unit / NAME if unit else path / NAME, stage)
+    except UpstreamError:
         return None
-    manifest, _ = read_manifest(path, stage)
     return manifest if manifest.config == identity(run.stages[stage][home]) else None
 
 

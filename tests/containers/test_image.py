@@ -22,10 +22,10 @@ TRAP = "#!/bin/sh\necho an interpreter of the host was started in the container 
 CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR")
 
 
-def inside(image: Image, *command: str, options: tuple[str, ...] = ()) -> str:
+def inside(image: Image, *command: str, options: tuple[str, ...] = ("--no-home",)) -> str:
     """Run a command in the image with nothing of the machine but what the options name; returns what it prints."""
     done = subprocess.run(
-        ["apptainer", "exec", "--containall", "--no-home", *options, str(image.sif), *command],
+        ["apptainer", "exec", "--containall", *options, str(image.sif), *command],
         capture_output=True,
         text=True,
         check=False,
@@ -54,10 +54,22 @@ def test_programs_are_on_the_path_and_say_what_they_are(image: Image):
     assert "train of run demo" in inside(image, "circuitmill", "config", "experiment=demo", "--stage", "train")
 
 
+MADE = f"import os, pathlib; [pathlib.Path(os.environ[k], 'x').mkdir(parents=True) for k in {CACHES}]"
+
+
 def test_caches_lie_below_a_folder_that_is_mounted(image: Image, tmp_path: Path):
-    program = f"import os, pathlib; [pathlib.Path(os.environ[k], 'x').mkdir(parents=True) for k in {CACHES}]"
-    inside(image, "python", "-c", program, options=("--bind", f"{tmp_path}:/cache"))
+    inside(image, "python", "-c", MADE, options=("--no-home", "--bind", f"{tmp_path}:/cache"))
     assert len(list(tmp_path.rglob("x"))) == len(CACHES)
+
+
+def test_caches_lie_in_the_home_folder_where_none_is_mounted(image: Image, tmp_path: Path):
+    home, own = tmp_path / "home", tmp_path / "own"
+    home.mkdir()
+    own.mkdir()
+    options = ("--home", str(home), "--bind", str(own), "--env", f"HF_HOME={own}")
+    inside(image, "python", "-c", MADE, options=options)
+    assert (own / "x").is_dir()
+    assert len(list((home / ".cache/circuitmill").rglob("x"))) == len(CACHES) - 1
 
 
 def test_any_user_may_run_it_and_the_default_is_not_root(image: Image):
@@ -99,11 +111,10 @@ def checkout(image: Image, tiny_run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def snakemake(checkout: Path, cache: Path, *targets: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run jobs in the container."""
-    cache.mkdir(exist_ok=True)
+def snakemake(checkout: Path, *targets: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run jobs in the container, with no more options than it takes."""
     command = [".venv/bin/python3", "-m", "snakemake", "--cores", "2", *targets, "--config", "run=tiny"]
-    command += ["--software-deployment-method", "apptainer", "--apptainer-args", f"--bind {cache}:/cache"]
+    command += ["--software-deployment-method", "apptainer"]
     return subprocess.run(
         command,
         cwd=checkout,
@@ -122,8 +133,8 @@ def manifests(checkout: Path) -> dict[str, Manifest]:
     return {str(folder.relative_to(run)): load_manifest(folder / "manifest.json") for folder in folders}
 
 
-def test_stages_give_in_the_image_what_they_give_outside(checkout: Path, tiny_run: Path, tmp_path: Path):
-    done = snakemake(checkout, tmp_path / "cache", "train")
+def test_stages_give_in_the_image_what_they_give_outside(checkout: Path, tiny_run: Path):
+    done = snakemake(checkout, "train")
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", printed, re.MULTILINE))
@@ -136,12 +147,12 @@ def test_stages_give_in_the_image_what_they_give_outside(checkout: Path, tiny_ru
         manifest.verify()
 
 
-def test_an_image_of_other_code_is_refused(checkout: Path, tmp_path: Path):
+def test_an_image_of_other_code_is_refused(checkout: Path):
     shutil.copytree(REPOSITORY / "src", checkout / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     rows = checkout / "src/circuitmill/pipeline.py"
     rows.write_text(rows.read_text().replace('Stage("tokenize",', 'Stage("tokenize", revision=1000, upstream='))
     assert "revision=1000" in rows.read_text()
-    done = snakemake(checkout, tmp_path / "cache", "tokenize", PYTHONPATH=str(checkout / "src"))
+    done = snakemake(checkout, "tokenize", PYTHONPATH=str(checkout / "src"))
     assert done.returncode != 0
     assert "containers/build" in done.stderr and "tokenize:1000" in done.stderr, done.stderr
     assert not (checkout / "results/tiny/tokenize/manifest.json").exists()

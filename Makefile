@@ -39,7 +39,7 @@ demo: env
 	circuitmill summary results/$(RUN) --elapsed $$(( $$(date +%s) - start ))
 
 test: dev
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: dev
 	ruff format --check .

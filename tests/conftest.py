@@ -15,11 +15,23 @@ import pytest
 from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+LONGEST = ("tests/slurm/test_faults.py", "tests/distributed/test_gradients.py", "tests/containers/test_image.py")
+"""Run first: no worker should be left with one of them at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--fix` rewrites generated pages instead of complaining about them."""
     parser.addoption("--fix", action="store_true", help="rewrite the generated pages")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of which a single one takes minutes come first, the others in the order of their names."""
+
+    def place(item: pytest.Item) -> int:
+        file = item.location[0]
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 def make_tiny_model(folder: Path, *, vocabulary: int = 300, context: int = 32) -> Path:

@@ -19,7 +19,9 @@ from tests.conftest import REPOSITORY
 RUN = "demo_small"
 SHARED = ("toyworld", "tokenize", "calibrate")
 """Stages that no fault is put into."""
-SITE = {"scheduler": "slurm", "partition": "gpu", "max_mem_mb": 1900}
+MACHINE = {"scheduler": "slurm", "max_mem_mb": 1900, "max_runtime": 60}
+"""What its virtual nodes can give."""
+SITE = MACHINE | {"partition": "gpu"}
 QUICK = ["--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1"]
 """For a file system and a Slurm on this machine."""
 
@@ -127,8 +129,7 @@ def checkout(folder: Path, site: Mapping[str, Any] = SITE, *, after: Checkout | 
 def copied(finished: Path, folder: Path, site: Mapping[str, Any], *removed: str) -> Checkout:
     """The finished tiny run with another site file, without the results of some stages."""
     shutil.copytree(finished, folder, copy_function=shutil.copy2)
-    asked = {"scheduler": "slurm", "max_mem_mb": SITE["max_mem_mb"], **site}
-    (folder / "profiles/slurm/site.yaml").write_text(yaml.safe_dump(asked))
+    (folder / "profiles/slurm/site.yaml").write_text(yaml.safe_dump(MACHINE | dict(site)))
     made = Checkout(folder, "tiny")
     for name in removed:
         shutil.rmtree(made.results / name)

@@ -9,6 +9,7 @@ import pytest
 
 from circuitmill import cli, launch
 from circuitmill.agent import Ending
+from circuitmill.config.deployment import EXPECTED, revisions
 from circuitmill.errors import ConfigError
 from circuitmill.launch import Place, place, ranks_per_node, srun, torchrun_arguments
 
@@ -147,6 +148,16 @@ def test_a_container_starts_behind_srun_on_every_node(monkeypatch: pytest.Monkey
     assert srun(resources, "x.sif") == f"{step} apptainer exec --home {tmp_path} x.sif"
     # on one node Snakemake starts it
     assert srun({"nodes": 1}, "x.sif") == ""
+
+
+def test_an_image_of_other_code_launches_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Behind srun nothing else compares the two."""
+    from circuitmill import agent
+
+    monkeypatch.setattr(agent, "run", lambda *_, **__: Ending())
+    assert launch.launch(["train"], env={EXPECTED: revisions()}) == Ending()
+    with pytest.raises(ConfigError, match=rf"an image with 0.0.1 train:1; found {revisions()}\n.*\n.*containers/build"):
+        launch.launch(["train"], env={EXPECTED: "0.0.1 train:1"})
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(8, "4"), (1, "1"), (None, "3")])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitmill import gpus
+from circuitmill.config.deployment import check_revisions
 from circuitmill.config.resources import gpus_per_node
 from circuitmill.errors import ConfigError
 
@@ -194,7 +195,8 @@ def launch(
         last_words_s: Seconds that ranks have to leave after one has failed.
 
     Raises:
-        ConfigError: there is no command, or Slurm's variables do not say where this node is.
+        ConfigError: there is no command, the job expects another image, or Slurm's variables do not say where this
+            node is.
     """
     if not command or command[0].startswith("-"):
         raise ConfigError(
@@ -202,6 +204,7 @@ def launch(
         )
     if per_node is not None and per_node < 1:
         raise ConfigError("at least 1 rank", found=per_node, where="--per-node", fix="correct the number")
+    check_revisions(env)
     here = place(env)
     gpus.lease(f"run_{command[0]}")
     from torch import cuda

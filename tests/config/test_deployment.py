@@ -29,9 +29,10 @@ def test_in_a_conda_environment_its_interpreter_stays_the_first_and_the_package_
     assert done.stdout.splitlines() == ["/usr/bin:/bin", "/a checkout/src"]
 
 
-def test_behind_a_container_that_starts_later_the_interpreter_is_that_of_snakemake():
-    done = run(job_prefix({"APPTAINER"}, **HERE), 'echo "$PATH"')
-    assert done.stdout == "/some where/bin:/usr/bin:/bin\n"
+def test_before_a_container_that_starts_later_the_interpreter_is_that_of_snakemake():
+    done = run(job_prefix({"APPTAINER"}, **HERE), 'echo "$PATH"; env | grep ^CIRCUITMILL_REVISIONS')
+    # the launcher in there compares the revisions
+    assert done.stdout == f"/some where/bin:/usr/bin:/bin\nCIRCUITMILL_REVISIONS={revisions()}\n"
 
 
 def test_in_a_container_of_other_code_no_job_runs():

@@ -1,14 +1,18 @@
 """What stands before the command of every job: which interpreter it finds, which package, and what must be there."""
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from circuitmill import __version__
+from circuitmill.errors import ConfigError
 from circuitmill.pipeline import STAGES
 
 REVISIONS = "/opt/circuitmill/revisions"
 """File of an image that holds `revisions` of the package in there."""
+
+EXPECTED = "CIRCUITMILL_REVISIONS"
+"""Variable with the workflow's `revisions`, for an image that a job starts by itself."""
 
 _LOADED = """case ":${LOADEDMODULES:-}:" in *:NAME:* | *:NAME/*) ;; *) FAIL ;; esac"""
 _IN_CONTAINER = """if [ -n "${SINGULARITY_CONTAINER:-}" ]; then
@@ -40,18 +44,33 @@ def job_prefix(methods: Collection[str], *, python: Path, source: Path, modules:
         lines.append(
             _LOADED.replace("NAME", shlex.quote(name)).replace("FAIL", _fail(f"the module {name}", found, fix))
         )
-    here = f"export PATH={shlex.quote(str(python.parent))}:$PATH"
+    here, own = f"export PATH={shlex.quote(str(python.parent))}:$PATH", shlex.quote(revisions())
     if "CONDA" in methods:
         # the environment has an interpreter and all that is pinned, but not the package
         lines.append(f"export PYTHONPATH={shlex.quote(str(source))}")
     elif "APPTAINER" in methods:
         # a virtual environment below the working folder can be seen in a container; its interpreter is not the image's
         fail = _fail(f"an image with {revisions()}", "found one with ${made:-nothing}", "run containers/build again")
-        text = _IN_CONTAINER.replace("REVISIONS", REVISIONS).replace("EXPECTED", shlex.quote(revisions()))
-        lines.append(text.replace("FAIL", fail).replace("HERE", here))
+        text = _IN_CONTAINER.replace("REVISIONS", REVISIONS).replace("EXPECTED", own)
+        lines.append(text.replace("FAIL", fail).replace("HERE", f"{here} {EXPECTED}={own}"))
     else:
         lines.append(here)
     return "\n".join([*lines, ""]).replace("{", "{{").replace("}", "}}")
+
+
+def check_revisions(env: Mapping[str, str]) -> None:
+    """See that this package is the one that a job expects in the image which it started.
+
+    Args:
+        env: The environment's variables.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    if env.get(EXPECTED, revisions()) != revisions():
+        raise ConfigError(
+            f"an image with {env[EXPECTED]}", found=revisions(), where="the image", fix="run containers/build again"
+        )
 
 
 def _fail(expected: str, found: str, fix: str) -> str:

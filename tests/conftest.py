@@ -15,8 +15,8 @@ import pytest
 from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LONGEST = ("tests/slurm/test_faults.py", "tests/distributed/test_gradients.py", "tests/containers/test_image.py")
-"""Run first: no worker should be left with one of them at the end."""
+LONGEST = "tests/slurm/test_faults.py"
+"""It waits for minutes: no worker should be left with it at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,13 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of which a single one takes minutes come first, the others in the order of their names."""
-
-    def place(item: pytest.Item) -> int:
-        file = item.location[0]
-        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
-
-    items.sort(key=place)
+    """The file that takes longest comes first, the others in the order of their names."""
+    items.sort(key=lambda item: item.location[0] != LONGEST)
 
 
 def make_tiny_model(folder: Path, *, vocabulary: int = 300, context: int = 32) -> Path:

@@ -36,18 +36,6 @@ def through_slurm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Sna
     return checkout(tmp_path_factory.mktemp("slurm") / "c").start("all")
 
 
-@pytest.fixture(scope="module")
-def resumed(undisturbed: Checkout, slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Snakemake:
-    """A run whose Snakemake was killed while jobs of shards ran, and that goes on after `circuitmill resume`; begun."""
-    made = checkout(tmp_path_factory.mktemp("killed") / "c", after=undisturbed)
-    run = made.start("all")
-    orphans = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
-    assert set(orphans) & set(running(slurm, made, "cache_shard"))
-    return Snakemake(made, ["circuitmill", "resume", f"results/{RUN}"])
-
-
 def running(slurm: Slurm, made: Checkout, rule: str) -> list[str]:
     """Ids of the Slurm jobs of a rule that run now."""
     return [
@@ -88,13 +76,20 @@ def equal(one: Checkout, other: Checkout) -> None:
     assert not verify(other.results).problems
 
 
-def test_cancelled_job_dead_node_time_limits_and_a_restarted_scheduler(
-    through_slurm: Snakemake, undisturbed: Checkout, resumed: Snakemake, slurm_alone: Slurm, tmp_path: Path
+@pytest.mark.timeout(3600)
+def test_killed_snakemake_cancelled_job_time_limits_restarted_scheduler_and_dead_node(
+    through_slurm: Snakemake, undisturbed: Checkout, slurm_alone: Slurm, tmp_path: Path
 ):
-    """The two others run meanwhile, on other nodes."""
+    """The other one runs meanwhile, on other nodes."""
     slurm = slurm_alone
     made = checkout(tmp_path / "c", FAULTY, after=undisturbed)
     run = made.start("all")
+    orphans = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    assert set(orphans) & set(running(slurm, made, "cache_shard"))
+    run = Snakemake(made, ["circuitmill", "resume", f"results/{RUN}"])
+    run.until(lambda: not set(orphans) & set(running(slurm, made, "cache_shard")), "end of the orphans")
     cancelled = run.until(lambda: running(slurm, made, "cache_shard"), "job of a shard")[0]
     slurm.run("scancel", cancelled)
 
@@ -120,8 +115,3 @@ def test_the_run_through_slurm_is_the_local_run(undisturbed: Checkout, through_s
     equal(undisturbed, through_slurm.checkout)
     kept = through_slurm.checkout.folder / ".snakemake/slurm_logs"
     assert {"rule_cache_shard", "rule_run_train", "rule_attribute_prompt"} <= {path.name for path in kept.iterdir()}
-
-
-def test_a_killed_snakemake_is_resumed(undisturbed: Checkout, resumed: Snakemake):
-    resumed.finish()
-    equal(undisturbed, resumed.checkout)

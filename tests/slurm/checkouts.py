@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from safetensors.numpy import load_file
 from tests.conftest import REPOSITORY
@@ -45,16 +46,11 @@ class Checkout:
 
     def processes(self, *words: str) -> dict[int, list[str]]:
         """Process id -> command of those that run in this folder with all these words in their command."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            try:
-                command, folder = (entry / "cmdline").read_bytes().split(b"\0"), str((entry / "cwd").readlink())
-            except OSError:  # not a process, one that has just ended, or the system's own
-                continue
-            said = [word.decode(errors="replace") for word in command]
-            if folder == str(self.folder) and set(words) <= set(said):
-                found[int(entry.name)] = said
-        return found
+        return {
+            one.pid: one.info["cmdline"]
+            for one in psutil.process_iter(["cmdline", "cwd"])
+            if one.info["cwd"] == str(self.folder) and set(words) <= set(one.info["cmdline"] or ())
+        }
 
     def manifests(self, *stages: str) -> dict[str, str]:
         """Path -> text of every manifest, of some stages or of all; times are in other files."""

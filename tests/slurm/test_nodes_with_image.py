@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.containers.conftest import Image
 from tests.slurm.checkouts import Checkout, copied, same_model
 from tests.slurm.conftest import Slurm
+
+from circuitmill.config.deployment import EXPECTED, revisions
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +20,14 @@ def test_shards_are_made_and_two_nodes_train_in_the_image(image: Image, slurm: S
     (made.folder / "containers/circuitmill.sif").symlink_to(image.sif)
     run = made.start("train", "--software-deployment-method", "apptainer")
 
-    def in_the_image() -> bool:
-        ranks = [said for said in made.processes("circuitmill", "train").values() if "launch" not in said]
-        return len(ranks) == 2 and all(said[0] == "/opt/venv/bin/python" for said in ranks)
+    def in_the_image() -> list[int]:
+        found = made.processes("circuitmill", "train").items()
+        ranks = [pid for pid, said in found if "launch" not in said and said[0] == "/opt/venv/bin/python"]
+        return ranks if len(ranks) == 2 else []
 
-    run.until(in_the_image, "two ranks in the image", poll=0.01)
+    ranks = run.until(in_the_image, "two ranks in the image", poll=0.01)
+    # what their launchers have compared with the image's own
+    assert {psutil.Process(pid).environ().get(EXPECTED) for pid in ranks} == {revisions()}
     run.finish()
     assert "2 ranks" in (made.results / "logs/main/train.log").read_text()
     here = Checkout(tiny_run, "tiny")
